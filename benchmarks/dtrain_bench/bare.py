@@ -1,0 +1,45 @@
+"""The loop to compare with: one network, one resident batch, forward, backward, SGD. `python -m dtrain_bench.bare`.
+
+Same network, batch, precision, threads and allocator as the trainer; no loader, no evaluation, no log, no checkpoint.
+Prints images per CPU-second of the steps after the warm-up.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from dtrain.runtime import tune_allocator
+
+
+def main(batch_size: int, steps: int, warmup: int, threads: int) -> None:
+    """Run the loop and print its rate."""
+    tune_allocator()
+    import torch
+    from dtrain_zoo.allcnn import allcnn_c
+    from torch.nn import functional as F
+
+    from dtrain.config import TrainConfig
+    from dtrain.runtime import decide
+
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    dtype = decide(TrainConfig(arch="allcnn_c"), local_rank=0, local_world=1).dtype()
+    module = allcnn_c(10, norm="batch").to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
+    images = torch.randn(batch_size, 3, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch_size,))
+    started = 0.0
+    for step in range(warmup + steps):
+        if step == warmup:
+            started = time.process_time()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            output = module(images)
+        torch.autograd.backward(F.cross_entropy(output.float(), labels))
+        optimizer.step()
+    print(steps * batch_size / (time.process_time() - started))
+
+
+if __name__ == "__main__":
+    main(*(int(argument) for argument in sys.argv[1:5]))

@@ -1,0 +1,57 @@
+"""Turn and turn about: two ways of doing one thing, in one run, as ratios with median and interval."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must stand beside: processor, cores, load, versions."""
+    versions = {name: metadata.version(name) for name in ("dtrain", "torch", "numpy")}
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        **versions,
+    }
+
+
+def ratios(ours: Callable[[], float], theirs: Callable[[], float], *, turns: int) -> dict[str, Any]:
+    """Both rates `turns` times, alternating which comes first; the ratio of each pair, its median and quartiles."""
+    pairs = []
+    for turn in range(turns):
+        if turn % 2:
+            second, first = theirs(), ours()
+        else:
+            first, second = ours(), theirs()
+        pairs.append((first, second))
+    values = sorted(a / b for a, b in pairs)
+    quartiles = statistics.quantiles(values, n=4) if len(values) > 2 else [values[0], values[0], values[-1]]
+    return {
+        "turns": turns,
+        "ours": statistics.median(a for a, _ in pairs),
+        "theirs": statistics.median(b for _, b in pairs),
+        "ratio_median": statistics.median(values),
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "ratio_range": [values[0], values[-1]],
+    }
+
+
+def show(title: str, results: dict[str, dict[str, Any]], unit: str, *, as_json: bool) -> None:
+    """Print results as lines or JSON, the machine beside them."""
+    if as_json:
+        print(json.dumps({"benchmark": title, "unit": unit, "machine": machine(), "results": results}, indent=1))
+        return
+    print(f"{title}, {unit}; {machine()}")
+    for name, r in results.items():
+        low, high = r["ratio_quartiles"]
+        print(
+            f"  {name}: {r['ours']:,.0f} against {r['theirs']:,.0f}, ratio {r['ratio_median']:.3f} "
+            f"[quartiles {low:.3f}, {high:.3f}; n = {r['turns']}]"
+        )

@@ -1,0 +1,74 @@
+"""`python -m dtrain` and `dtrain`: the one place where an error is told and an exit code is given."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError
+from dtrain.runtime import tune_allocator
+
+GROUP_FLAGS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and exit: 0, or the code of the error, which is told in one line on stderr."""
+    tune_allocator()  # before anything allocates
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("-") and arguments[0] not in GROUP_FLAGS:
+        arguments.insert(0, "train")  # flags without a verb mean `train`
+    code, told = 0, True
+    try:
+        _recorded(arguments)
+    except DtrainError as error:
+        code = error.exit_code
+        told = not getattr(error, "told_elsewhere", False)
+        if told:
+            _tell(f"error: {error}" if code != 75 else str(error), "--debug" in arguments)
+    except KeyboardInterrupt:
+        code = EXIT_STOPPED_UNSAVED
+        _tell("stopped before anything could be saved", False)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else (0 if error.code is None else 1)
+    except Exception as error:
+        code = 1
+        told = not getattr(error, "told_elsewhere", False)
+        if told:
+            _tell(f"error: {type(error).__name__}: {error} (a defect of dtrain or of a plugin)", True)
+    _leave(code, told)
+
+
+def _recorded(arguments: list[str]) -> None:
+    """Run the command; under torchrun inside torch's @record, so that the agent shows this worker's own error."""
+    from dtrain.cli import run
+
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        run(arguments)
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(run)(arguments)
+
+
+def _tell(line: str, with_traceback: bool) -> None:
+    if with_traceback:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+
+
+def _leave(code: int, told: bool) -> None:
+    """Exit. After an error among several processes at once: a gloo group waits for its peers while it is torn down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and told and (file := os.environ.get("DTRAIN_EXIT_CODE_FILE")):
+        Path(file).write_text(str(code), encoding="ascii")  # for commands/launch.py
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

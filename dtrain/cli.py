@@ -1,0 +1,299 @@
+"""The Typer application: parse, call, print. The flags of `train` are the fields of TrainConfig; no torch at import."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+import dtrain
+from dtrain.config import TrainConfig, flag_of, settings_fields, type_of
+from dtrain.errors import DtrainError, UsageError, nearest
+
+app = typer.Typer(
+    name="dtrain",
+    help="Train image classifiers; stop anywhere, resume bit for bit, on any number of processes.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(no_args_is_help=True, help="What a run would be set to, and why.")
+data_app = typer.Typer(no_args_is_help=True, help="Converted data sets: make, look at, check.")
+prove_app = typer.Typer(no_args_is_help=True, help="Have dtrain's promises proven on your own run.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, in ratios, on this machine.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+app.add_typer(prove_app, name="prove")
+app.add_typer(bench_app, name="bench")
+
+_arguments: list[str] = []  # the command line as given, for the processes that --nproc starts
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def run(arguments: list[str]) -> None:
+    """Parse and run one command line. Raises DtrainError; SystemExit with 0 after help."""
+    _arguments[:] = arguments
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="dtrain", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own kind, whether installed or inside Typer
+            raise
+        flag = getattr(error, "option_name", None)
+        if flag is None:
+            raise UsageError(" ".join(error.format_message().split())) from None
+        known = [flag_of(f.name) for f in settings_fields()] + ["--config", "--dry-run", "--nproc", "--debug"]
+        raise UsageError(f"{flag} is not a flag; {nearest(flag, known)}") from None
+    if isinstance(code, int) and code:
+        sys.exit(code)
+
+
+# -- flags out of fields -----------------------------------------------------------------------------------------------
+
+
+def _with_train_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function(settings, **own)` one option for each field of TrainConfig, beside its own keyword parameters."""
+    hints = get_type_hints(function, include_extras=True)
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "settings"
+    ]
+    flags = [_parameter(f.name, f.metadata, f.default) for f in settings_fields()]
+
+    def command(**given: Any) -> None:
+        extra = {p.name: given.pop(p.name) for p in own}
+        function({name: value for name, value in given.items() if value not in (None, [])}, **extra)
+
+    parameters = flags + own
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
+    kind, optional = type_of(name)
+    flags = list(about["flags"]) or [flag_of(name)]
+    text = about["help"]
+    if about["choices"]:
+        text += ": " + ", ".join(about["choices"])
+    annotation: Any = str | None  # values are checked in one place, config.coerced, whatever layer they come from
+    shown = "" if optional or default in ("", None) else str(default)
+    if kind is bool:
+        flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+        annotation = bool | None
+        shown = "" if optional else ("yes" if default else "no")
+    elif str(kind).startswith("dict"):
+        annotation, shown = list[str] | None, ""
+    text += f" [default: {shown}]" if shown else ""
+    option = typer.Option(
+        *flags,
+        help=text.replace("[", "\\["),  # not rich's markup
+        rich_help_panel=about["panel"],
+        metavar=None if kind is bool else _metavar(kind),
+        show_default=False,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+def _metavar(kind: Any) -> str:
+    names = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+    return "K=V" if str(kind).startswith("dict") else names.get(kind, "X,X,X")
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file of settings, such as a run's config.toml", rich_help_panel="The run"),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="print plan, shapes, parameters, memory and first rates; stop", rich_help_panel="The run"
+    ),
+]
+Nproc = Annotated[
+    int,
+    typer.Option("--nproc", help="processes on this machine, as torchrun would start them", rich_help_panel="Machine"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="add the traceback to an error", rich_help_panel="The run")]
+
+
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(dtrain.__version__)
+        raise typer.Exit(0)
+
+
+def _train(
+    settings: dict[str, Any], config: ConfigFile = None, dry_run: DryRun = False, nproc: Nproc = 1, debug: Debug = False
+) -> None:
+    """Train; the verb may be left out. Run the same command again to go on where it stopped."""
+    asked = TrainConfig.of(config, **settings)
+    if nproc > 1:
+        from dtrain.commands.launch import launch
+
+        if code := launch(_arguments, nproc):
+            raise typer.Exit(code)
+    elif dry_run:
+        from dtrain.commands.dry_run import dry_run as show
+
+        show(asked)
+    else:
+        from dtrain.training import train
+
+        train(asked, command=sys.argv)
+
+
+app.command("train")(_with_train_flags(_train))
+
+
+def _config_show(settings: dict[str, Any], config: ConfigFile = None, json_: JsonFlag = False) -> None:
+    """Print every setting with its value and where the value comes from."""
+    from dtrain.commands.show import config_rows, print_table
+
+    print_table("settings", config_rows(TrainConfig.of(config, **settings)), as_json=json_)
+
+
+config_app.command("show")(_with_train_flags(_config_show))
+
+
+@app.command("eval", rich_help_panel="Look")
+def _eval(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    checkpoint: Annotated[str, typer.Option(help="last, best or a step")] = "last",
+    loader: Annotated[str, typer.Option(help="auto, ffcv or memory")] = "auto",
+    json_: JsonFlag = False,
+) -> None:
+    """Evaluate a run's checkpoint: exact counts, top-1 and top-5, per class."""
+    from dtrain.commands.evaluate import evaluate_run, print_evaluation
+
+    result = evaluate_run(run, checkpoint, loader=loader)
+    print(json.dumps(result)) if json_ else print_evaluation(result)
+
+
+@app.command("runs")
+def _runs(
+    folder: Annotated[Path, typer.Argument(help="where runs are kept")] = Path("runs"), json_: JsonFlag = False
+) -> None:
+    """List the runs of a folder: status, step, accuracy."""
+    from dtrain.commands.show import print_table
+    from dtrain.run.rundir import summaries
+
+    print_table("runs", summaries(folder), as_json=json_)
+
+
+@app.command("archs")
+def _archs(json_: JsonFlag = False) -> None:
+    """List the architectures that are installed; imports none of them."""
+    from dtrain.commands.show import plugin_rows, print_table
+
+    print_table("architectures", plugin_rows("architecture"), as_json=json_)
+
+
+@app.command("optimizers")
+def _optimizers(json_: JsonFlag = False) -> None:
+    """List the optimizers that are installed; imports none of them."""
+    from dtrain.commands.show import plugin_rows, print_table
+
+    print_table("optimizers", plugin_rows("optimizer"), as_json=json_)
+
+
+@app.command("plugins")
+def _plugins(json_: JsonFlag = False) -> None:
+    """List every plugin with the package it comes from; imports none of them."""
+    from dtrain.commands.show import plugin_rows, print_table
+
+    print_table("plugins", plugin_rows("architecture") + plugin_rows("optimizer"), as_json=json_)
+
+
+@data_app.command("convert")
+def _data_convert(
+    dataset: Annotated[str, typer.Argument(help="a named set, a folder or a tar")],
+    data_dir: Annotated[Path, typer.Option(help="where named sets are looked for")] = Path("data"),
+    cache_dir: Annotated[Path | None, typer.Option(help="where betons are kept")] = None,
+) -> None:
+    """Convert a data set for training, ahead of it."""
+    from dtrain.commands.data import convert
+    from dtrain.run.console import Console
+
+    for path in Console(True).converting(convert(dataset, data_dir, cache_dir)).values():
+        print(path.path)
+
+
+@data_app.command("inspect")
+def _data_inspect(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = False) -> None:
+    """Print what a .beton holds: images, classes, sizes, mean and deviation, origin."""
+    from dtrain.commands.data import inspect
+    from dtrain.commands.show import print_facts
+
+    print_facts(inspect(beton), as_json=json_)
+
+
+@data_app.command("verify")
+def _data_verify(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = False) -> None:
+    """Check a .beton's structure and every byte of it."""
+    from dtrain.commands.data import verify
+    from dtrain.commands.show import print_facts
+
+    print_facts(verify(beton), as_json=json_)
+
+
+@prove_app.command("resume", context_settings=PASS_ON)
+def _prove_resume(
+    context: typer.Context,
+    stops: Annotated[int, typer.Option(help="times the run is stopped or killed, at random steps")] = 5,
+    json_: JsonFlag = False,
+) -> None:
+    """Show that your run, stopped and killed at random steps, ends with the bits of the unbroken one: `-- FLAGS`."""
+    from dtrain.commands.prove import prove_resume, report
+
+    report(prove_resume(context.args, stops=stops), as_json=json_)
+
+
+@prove_app.command("ranks", context_settings=PASS_ON)
+def _prove_ranks(
+    context: typer.Context,
+    worlds: Annotated[str, typer.Option(help="numbers of processes, comma-separated")] = "1,2,4",
+    json_: JsonFlag = False,
+) -> None:
+    """Show that any number of processes sees the same samples and counts the same: `-- FLAGS`."""
+    from dtrain.commands.prove import prove_ranks, report
+
+    report(prove_ranks(context.args, worlds=[int(w) for w in worlds.split(",")]), as_json=json_)
+
+
+@bench_app.command("overhead")
+def _bench_overhead(quick: bool = False, json_: JsonFlag = False) -> None:
+    """The trainer, end to end, against a bare loop on resident data."""
+    from dtrain_bench.overhead import main
+
+    main(quick=quick, as_json=json_)
+
+
+@bench_app.command("loaders")
+def _bench_loaders(quick: bool = False, json_: JsonFlag = False) -> None:
+    """The readers against the same kernel on a resident array."""
+    from dtrain_bench.loaders import main
+
+    main(quick=quick, as_json=json_)
+
+
+__all__ = ["DtrainError", "app", "run"]

@@ -1,0 +1,56 @@
+"""`dtrain train --dry-run`: everything a run would begin with, and no run."""
+
+from __future__ import annotations
+
+import torch
+
+from dtrain import runtime
+from dtrain.config import TrainConfig
+from dtrain.data.beton import prepare
+from dtrain.keyed import stratified
+from dtrain.model.network import build_module
+from dtrain.model.optimization import build_optimizer
+from dtrain.model.rehearsal import first_output, noise
+from dtrain.plan import make_plan
+from dtrain.run.console import Console
+from dtrain.world import place
+
+FIRST_STEPS = 5
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print plan, shapes, parameters, memory and first rates. Converts the data set if it must; trains nothing."""
+    at, console = place(), Console(place().is_main)
+    machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
+    train = console.converting(prepare(config.dataset, config.data_dir, config.cache_dir, timeout_seconds=3600))[
+        "train"
+    ]
+    labels = train.labels
+    size = len(labels) if config.val_split is None else int((~stratified(labels, config.val_split, config.seed)).sum())
+    plan = make_plan(config, train_size=size, world_size=at.size)
+    classes = len(train.class_names)
+    module = build_module(config, num_classes=classes, in_channels=train.channels, image_size=train.image_size)
+    images = noise(config.seed, (2, train.channels, train.image_size, train.image_size), torch.float32)
+    first_output(module, images, config.arch, classes)
+    optimizer = build_optimizer(config, module)
+    parameters = sum(p.numel() for p in module.parameters())
+    decayed = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    for line in (*machine.why, *plan.lines(config.lr)):
+        console.line(line)
+    console.table(
+        "dry run",
+        [
+            (
+                "images",
+                f"[{plan.micro_batch}, {train.channels}, {train.image_size}, {train.image_size}] {machine.amp_dtype}",
+            ),
+            ("logits", f"[{plan.micro_batch}, {classes}]"),
+            ("parameters", f"{parameters:,} ({decayed:,} with two dimensions or more)"),
+            ("weights and gradients", f"{8 * parameters / 2**20:.1f} MiB"),
+            ("optimizer", f"{config.opt}, {len(optimizer.param_groups)} groups"),
+            (
+                "first rates",
+                ", ".join(f"{config.lr * plan.lr_factor(k * plan.batch_size):.4g}" for k in range(FIRST_STEPS)),
+            ),
+        ],
+    )

@@ -1,0 +1,62 @@
+"""`dtrain train --nproc N`: torch's own launcher inside, with the exit code kept, which torchrun turns into 1."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+CODE_FILE = "DTRAIN_EXIT_CODE_FILE"  # where the process that tells an error leaves its exit code
+
+
+def without_nproc(arguments: Sequence[str]) -> list[str]:
+    """The command line for one process: the same without --nproc N."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip or argument.startswith("--nproc="):
+            skip = False
+        elif argument == "--nproc":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Run `python -m dtrain ARGUMENTS` in `nproc` processes of this machine; returns the exit code of the run.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which save and leave together.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "code"
+        os.environ[CODE_FILE] = str(file)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
+        )
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # dtrain sets its threads itself; without this torch warns
+        try:
+            elastic_launch(config, sys.executable)("-m", "dtrain", *without_nproc(arguments))
+        except (ChildFailedError, SignalException) as error:
+            if file.exists():
+                return int(file.read_text(encoding="ascii"))
+            if isinstance(error, ChildFailedError):
+                return 4
+            return 130
+        finally:
+            del os.environ[CODE_FILE]
+    return 0

@@ -1,0 +1,55 @@
+"""Tables of what is installed, set or stored; as JSON on request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dtrain.config import TrainConfig, settings_fields
+from dtrain.plugins import Kind, listed
+
+
+def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
+    """A row for each plugin of a kind: name, where it comes from. Nothing is imported."""
+    return [asdict(plugin) for plugin in listed(kind)]
+
+
+def config_rows(config: TrainConfig) -> list[dict[str, Any]]:
+    """A row for each setting: value and origin."""
+    return [
+        {"setting": f.name, "value": _shown(getattr(config, f.name)), "from": config.origin(f.name)}
+        for f in settings_fields()
+    ]
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return " ".join(f"{k}={v}" for k, v in value.items())
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Rows of equal keys, in columns."""
+    if as_json:
+        print(json.dumps(list(rows), indent=1))
+        return
+    if not rows:
+        print(f"no {title}")
+        return
+    names = list(rows[0])
+    cells = [names] + [["" if row[n] is None else str(row[n]) for n in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """One fact a line."""
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,444 @@
+"""What a run is a function of: one frozen, flat dataclass, and the layers it is made from.
+
+One field is one flag is one TOML key. Layers: defaults < recipe < `--config FILE` < flags, and every value knows which
+of them it came from (`TrainConfig.origins`, shown by `dtrain config show`). Nothing changes a config afterwards:
+numbers that follow from it are in `plan.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from dtrain.errors import UsageError, nearest
+from dtrain.files import canonical_json
+from dtrain.plugins import read_recipe, recipe_for, recipes
+from dtrain.schedules import SCHEDULES
+
+Mark = Literal["result", "place"]
+PANELS = ("What is trained", "Optimization", "Data", "Evaluation", "Machine", "The run")
+
+
+def setting(
+    default: Any, panel: str, mark: Mark, help: str, *, flags: tuple[str, ...] = (), choices: tuple[str, ...] = ()
+) -> Any:
+    """One field: its default, where `--help` lists it, whether it shapes the numbers, what it means, its unit."""
+    about = {"panel": panel, "mark": mark, "help": help, "flags": flags, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. `result` fields shape the numbers; `place` fields say where and how it is computed.
+
+    Built by hand it is taken as it is; `TrainConfig.of(arch=..., dataset=...)` adds the recipe, as the commands do.
+    Raises UsageError for a value out of range, naming the flag.
+    """
+
+    # What is trained
+    arch: str = setting(
+        "",
+        "What is trained",
+        "result",
+        "architecture: `dtrain archs` lists them; or ./file.py:function",
+        flags=("-a", "--arch", "--model"),
+    )
+    arch_opt: dict[str, str] = setting(
+        {}, "What is trained", "result", "option of the architecture, key=value; repeatable"
+    )
+    recipe: str | None = setting(
+        None,
+        "What is trained",
+        "place",
+        "named settings; 'none' for bare defaults [default: chosen by architecture and data set]",
+    )
+    ema: float | None = setting(
+        None, "What is trained", "result", "decay of an exponential moving average of the weights, in (0, 1)"
+    )
+    sync_bn: bool = setting(False, "What is trained", "result", "batch-norm statistics over all processes (CUDA only)")
+    seed: int = setting(
+        0, "What is trained", "result", "integer from which order, augmentation, dropout and initial weights follow"
+    )
+    # Optimization
+    opt: str = setting("sgd", "Optimization", "result", "optimizer: `dtrain optimizers` lists them")
+    opt_opt: dict[str, str] = setting({}, "Optimization", "result", "option of the optimizer, key=value; repeatable")
+    lr: float = setting(0.05, "Optimization", "result", "peak learning rate for the whole global batch; never rescaled")
+    momentum: float | None = setting(None, "Optimization", "result", "momentum, in [0, 1) [default: the optimizer's]")
+    nesterov: bool | None = setting(None, "Optimization", "result", "Nesterov's momentum [default: the optimizer's]")
+    weight_decay: float | None = setting(
+        None,
+        "Optimization",
+        "result",
+        "weight decay, not applied to biases and norms [default: the optimizer's]",
+        flags=("--weight-decay", "--wd"),
+    )
+    batch_size: int = setting(
+        128, "Optimization", "result", "images in one step over all processes together", flags=("-b", "--batch-size")
+    )
+    epochs: float = setting(10.0, "Optimization", "result", "passes over the training set; 2.5 is allowed")
+    steps: int | None = setting(None, "Optimization", "result", "optimizer updates, instead of --epochs")
+    schedule: str = setting("linear", "Optimization", "result", "course of the learning rate", choices=tuple(SCHEDULES))
+    schedule_opt: dict[str, str] = setting(
+        {}, "Optimization", "result", "option of the schedule, key=value; repeatable"
+    )
+    warmup_epochs: float = setting(0.0, "Optimization", "result", "epochs over which the learning rate rises first")
+    smoothing: float = setting(0.0, "Optimization", "result", "label smoothing, in [0, 1)")
+    clip_grad: float | None = setting(None, "Optimization", "result", "largest norm of the gradient of a step")
+    grad_accum_steps: int = setting(
+        1, "Optimization", "result", "micro-batches that each process's share of a batch is cut into"
+    )
+    # Data
+    dataset: str = setting(
+        "cifar10",
+        "Data",
+        "result",
+        "digits, synthetic, cifar10, cifar100, or a folder or tar with train/ and val|test/",
+    )
+    data_dir: Path = setting(Path("data"), "Data", "place", "where named data sets are looked for and downloaded to")
+    cache_dir: Path | None = setting(
+        None, "Data", "place", "where converted data sets are kept [default: the user's cache folder]"
+    )
+    val_split: float | None = setting(
+        None, "Data", "result", "fraction of the training set to evaluate on instead of the test set, in (0, 1)"
+    )
+    loader: str = setting(
+        "auto",
+        "Data",
+        "place",
+        "how batches are read; auto: ffcv where it is installed",
+        choices=("auto", "ffcv", "memory"),
+    )
+    flip: bool = setting(False, "Data", "result", "mirror training images left to right, half of them")
+    shift: int = setting(0, "Data", "result", "move training images by up to this many pixels each way, black outside")
+    cutout: int = setting(0, "Data", "result", "side in pixels of a square of training images set to the mean")
+    mean: tuple[float, ...] | None = setting(
+        None, "Data", "result", "per channel, in 0..1, comma-separated [default: of the training set]"
+    )
+    std: tuple[float, ...] | None = setting(
+        None, "Data", "result", "per channel, in 0..1, comma-separated [default: of the training set]"
+    )
+    # Evaluation
+    eval_batch_size: int = setting(
+        500, "Evaluation", "result", "images in a chunk of an evaluation, the same for any number of processes"
+    )
+    eval_every: str = setting("1epoch", "Evaluation", "result", "how often to evaluate: 500steps, 1epoch, or 'end'")
+    stop_at_accuracy: float | None = setting(
+        None, "Evaluation", "result", "end the run at this top-1 fraction, in (0, 1]"
+    )
+    # Machine
+    device: str = setting("auto", "Machine", "place", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    backend: str = setting(
+        "auto",
+        "Machine",
+        "place",
+        "of torch.distributed; auto: nccl on cuda, else gloo",
+        choices=("auto", "gloo", "nccl"),
+    )
+    threads: int = setting(
+        0, "Machine", "place", "compute threads of one process; 0: this process's share of the cores"
+    )
+    dist_timeout: float = setting(
+        300.0, "Machine", "place", "seconds after which a process that does not answer is given up"
+    )
+    amp_dtype: str = setting(
+        "auto",
+        "Machine",
+        "result",
+        "type of the arithmetic; weights stay float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    channels_last: bool = setting(True, "Machine", "result", "memory layout of images and filters")
+    compile: bool = setting(False, "Machine", "result", "torch.compile the network")
+    deterministic: bool = setting(False, "Machine", "result", "only deterministic kernels (CUDA), slower")
+    # The run
+    output: Path | None = setting(
+        None, "The run", "place", "run directory [default: runs/<arch>-<dataset>-<digest of the settings>]"
+    )
+    name: str | None = setting(None, "The run", "place", "name of the run directory under runs/")
+    resume: str = setting(
+        "auto",
+        "The run",
+        "place",
+        "auto: go on where this run stopped; none: a new run; or the path of a run or checkpoint",
+    )
+    checkpoint_every: str = setting(
+        "1epoch", "The run", "place", "how often to save: 500steps, 1epoch, 10min, or 'end'"
+    )
+    keep: int = setting(2, "The run", "place", "checkpoints to keep beside the last and the best")
+    log_interval: int = setting(50, "The run", "place", "steps between two log lines")
+    max_time: str | None = setting(None, "The run", "place", "save and stop after this long: 90s, 45min, 2h")
+
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def of(cls, file: Path | None = None, **flags: Any) -> TrainConfig:
+        """The config of these settings in layers: defaults < recipe < `file` < `flags`; None means not given.
+
+        Values may be given as the command line gives them (strings) or in their own types.
+        Raises UsageError for an unknown key or value, naming the nearest; PluginError for a broken recipe.
+        """
+        given = {name: value for name, value in flags.items() if value is not None}
+        from_file = read_config(file) if file is not None else {}
+        asked = {**from_file, **given}
+        recipe = asked.get("recipe") or recipe_for(str(asked.get("arch", "")), _dataset_name(asked))
+        layers: list[tuple[str, Mapping[str, Any]]] = []
+        if recipe not in (None, "none"):
+            known = recipes()
+            if recipe not in known:
+                raise UsageError(f"--recipe {recipe}: there is no such recipe; {nearest(str(recipe), known)}")
+            layers.append((f"recipe {recipe}", {k: v for k, v in read_recipe(known[recipe]).items() if k != "about"}))
+        layers += [(str(file), from_file), ("flag", given)]
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for origin, layer in layers:
+            for name, value in layer.items():
+                converted = coerced(name, value)
+                # options of one table add up over the layers: --arch-opt dropout=true keeps the recipe's norm=batch
+                values[name] = {**values.get(name, {}), **converted} if isinstance(converted, dict) else converted
+                origins[name] = origin
+        return cls(**values, origins=origins)
+
+    @classmethod
+    def stored(cls, table: Mapping[str, Any]) -> TrainConfig:
+        """The config of a run's config.toml or checkpoint: every value as it was, no recipe looked up."""
+        return cls(**{name: coerced(name, value) for name, value in table.items()}, origins=dict.fromkeys(table, "run"))
+
+    def origin(self, name: str) -> str:
+        """Which layer the value of field `name` came from."""
+        return self.origins.get(name, "default")
+
+    def settings(self) -> dict[str, Any]:
+        """Every field and its value as plain JSON and TOML types; None is left out, since TOML has no null."""
+        values = {f.name: getattr(self, f.name) for f in settings_fields()}
+        return {name: _plain(value) for name, value in values.items() if value is not None and value != {}}
+
+    def results(self) -> dict[str, Any]:
+        """The fields that shape the numbers: what two runs must share to be one run."""
+        marks = {f.name: f.metadata["mark"] for f in settings_fields()}
+        return {name: value for name, value in self.settings().items() if marks[name] == "result"}
+
+    def digest(self) -> str:
+        """Eight hex digits of the result fields as asked: the end of the run directory's name."""
+        return hashlib.sha256(canonical_json(self.results())).hexdigest()[:8]
+
+    def run_name(self) -> str:
+        """The run directory's name under runs/ unless the user gives one."""
+        arch = re.sub(r"[^\w.-]+", "-", self.arch.removesuffix(".py")).strip("-.")
+        return self.name or f"{arch}-{_dataset_name({'dataset': self.dataset})}-{self.digest()}"
+
+
+def settings_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of TrainConfig that are settings, in the order of `--help`."""
+    return [f for f in dataclasses.fields(TrainConfig) if f.metadata]
+
+
+def flag_of(name: str) -> str:
+    """The long flag of a field: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+_HINTS: dict[str, Any] = {}
+
+
+def type_of(name: str) -> tuple[Any, bool]:
+    """A field's type without Optional, and whether it was optional."""
+    if not _HINTS:
+        _HINTS.update(get_type_hints(TrainConfig))
+    hint = _HINTS[name]
+    arms = [a for a in get_args(hint) if a is not type(None)]
+    optional = type(None) in get_args(hint)
+    return (arms[0], True) if optional and get_origin(hint) is not dict else (hint, False)
+
+
+def coerced(name: str, value: Any) -> Any:
+    """`value` as the type of field `name`; accepts the command line's strings and TOML's types.
+
+    Raises UsageError for an unknown name or a value that is not of the type.
+    """
+    known = [f.name for f in settings_fields()]
+    if name not in known:
+        raise UsageError(f"{name} is not a setting; {nearest(name, known)}")
+    kind, _ = type_of(name)
+    try:
+        return _convert(kind, value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{flag_of(name)} {value}: {error}") from None
+
+
+def _convert(kind: Any, value: Any) -> Any:  # noqa: C901 - one branch a type
+    if get_origin(kind) is dict:
+        return _options(value)
+    if get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(float(part) for part in parts)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise ValueError("give true or false")
+    if kind is int:
+        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+            raise ValueError("give a whole number")
+        return int(value)
+    if kind is float:
+        if isinstance(value, bool):
+            raise ValueError("give a number")
+        return float(value)
+    if kind is Path:
+        return Path(value).expanduser()
+    return str(value)
+
+
+def _options(value: Any) -> dict[str, str]:
+    """Options as text by key: from ["k=v", ...] of the command line or a table of a TOML file."""
+    if isinstance(value, Mapping):
+        return {str(k): _option_text(v) for k, v in value.items()}
+    pairs = {}
+    for item in [value] if isinstance(value, str) else value:
+        key, equals, text = str(item).partition("=")
+        if not equals or not key:
+            raise ValueError("give key=value")
+        pairs[key.strip()] = text.strip()
+    return pairs
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return ",".join(_option_text(item) for item in value)
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The table of a TOML file such as a run's config.toml. Raises UsageError naming the file and what is wrong."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}; give a TOML file such as a run's config.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not TOML: {error}") from None
+
+
+def _dataset_name(asked: Mapping[str, Any]) -> str:
+    """The data set's name for recipes and run directories: a path counts by its last part without endings."""
+    text = str(asked.get("dataset", TrainConfig.dataset))
+    return Path(text).name.split(".")[0] if "/" in text or "." in text else text
+
+
+# -- ranges ----------------------------------------------------------------------------------------------------------
+
+_POSITIVE = (
+    "lr",
+    "batch_size",
+    "epochs",
+    "grad_accum_steps",
+    "eval_batch_size",
+    "log_interval",
+    "dist_timeout",
+    "steps",
+    "clip_grad",
+)
+_NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "shift", "cutout", "threads", "keep", "seed")
+_FRACTIONS = {  # name: (lowest, lowest allowed, highest, highest allowed)
+    "momentum": (0.0, True, 1.0, False),
+    "smoothing": (0.0, True, 1.0, False),
+    "ema": (0.0, False, 1.0, False),
+    "val_split": (0.0, False, 1.0, False),
+    "stop_at_accuracy": (0.0, False, 1.0, True),
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UsageError for the first field that is out of its range or not one of its choices."""
+    if not config.arch:
+        raise UsageError("--arch is missing; `dtrain archs` lists what there is, for a start: --arch allcnn_c")
+    for f in settings_fields():
+        value = getattr(config, f.name)
+        if f.metadata["choices"] and value not in f.metadata["choices"]:
+            raise UsageError(f"{flag_of(f.name)} {value}: not a choice; {nearest(str(value), f.metadata['choices'])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{flag_of(f.name)} {value}: give a finite number")
+    _check_ranges(config)
+    parse_every(config.eval_every, "--eval-every", clock=False)
+    parse_every(config.checkpoint_every, "--checkpoint-every", clock=True)
+    if config.max_time is not None:
+        parse_seconds(config.max_time, "--max-time")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in _POSITIVE + _NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and (value < 0 or (value == 0 and name in _POSITIVE)):
+            least = "greater than 0" if name in _POSITIVE else "0 or greater"
+            raise UsageError(f"{flag_of(name)} {value}: give a number {least}")
+    for name, (low, low_in, high, high_in) in _FRACTIONS.items():
+        value = getattr(config, name)
+        inside = value is None or (low < value < high) or (value == low and low_in) or (value == high and high_in)
+        if not inside:
+            interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
+            raise UsageError(f"{flag_of(name)} {value}: give a fraction in {interval}")
+    for name in ("mean", "std"):
+        value = getattr(config, name)
+        if value is not None and (len(value) not in (1, 3) or any(not 0 <= v <= 1 for v in value)):
+            raise UsageError(f"{flag_of(name)} {value}: give one number in 0..1 a channel, such as 0.49,0.48,0.45")
+    if config.std is not None and 0.0 in config.std:
+        raise UsageError(f"--std {config.std}: give numbers greater than 0")
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval of a run: exactly one of the three, or none of them for 'only at the end'."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+
+
+_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_every(text: str, flag: str, *, clock: bool) -> Every:
+    """'500steps', '1epoch', '10min' (where the clock may decide) or 'end'. Raises UsageError naming `flag`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(steps?|epochs?|s|sec|min|h)", text.strip())
+    if text.strip() == "end":
+        return Every()
+    unit = match.group(2).rstrip("s") if match else ""
+    amount = float(match.group(1)) if match else 0.0
+    if match and amount > 0:
+        if unit == "step" and amount == int(amount):
+            return Every(steps=int(amount))
+        if unit == "epoch":
+            return Every(epochs=amount)
+        if clock and match.group(2) in _UNITS:
+            return Every(seconds=amount * _UNITS[match.group(2)])
+    examples = "500steps, 1epoch, 10min or end" if clock else "500steps, 1epoch or end"
+    raise UsageError(f"{flag} {text}: not an interval; give {examples}")
+
+
+def parse_seconds(text: str, flag: str) -> float:
+    """A span of time with its unit ('90s', '45min', '2h') in seconds. Raises UsageError naming `flag`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|sec|min|h)", text.strip())
+    if match is None:
+        raise UsageError(f"{flag} {text}: not a span of time; give 90s, 45min or 2h")
+    return float(match.group(1)) * _UNITS[match.group(2)]

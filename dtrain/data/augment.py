@@ -1,0 +1,104 @@
+"""What happens to a training image: decided by keys in a small table, done by one compiled kernel.
+
+Order of operations, fixed: shift (black outside), flip left to right, cutout (a square set to the mean), normalisation.
+Deciding is numpy on [n, 5] integers; moving pixels is integer arithmetic and a table of 256 values a channel, so every
+back end gives equal bits. Legend: n images, H, W, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from dtrain.keyed import Stream, integers, key
+
+Table = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images. shift: pixels each way; cutout: side of the square in pixels, 0 for none."""
+
+    seed: int
+    flip: bool
+    shift: int
+    cutout: int
+
+
+def decide(augmentation: Augmentation, epoch: int, indices: npt.NDArray[np.int64], size: int) -> Table:
+    """The decisions for samples `indices` in `epoch`: int32 [n, 5] of flip (0 or 1), dy, dx, cutout's top and left.
+
+    A key of (seed, stream, epoch, sample, n) each: of the sample, not of its place in a batch. size: H = W.
+    """
+    seed, table = augmentation.seed, np.zeros((len(indices), 5), dtype=np.int32)
+    samples = indices.astype(np.uint64)
+    if augmentation.flip:
+        table[:, 0] = integers(key(seed, Stream.FLIP, epoch, samples, 0), 2)
+    if augmentation.shift:
+        for axis in (0, 1):
+            drawn = integers(key(seed, Stream.SHIFT, epoch, samples, axis), 2 * augmentation.shift + 1)
+            table[:, 1 + axis] = drawn - augmentation.shift
+    if augmentation.cutout:
+        for axis in (0, 1):
+            table[:, 3 + axis] = integers(
+                key(seed, Stream.CUTOUT, epoch, samples, axis), max(1, size - augmentation.cutout + 1)
+            )
+    return table
+
+
+def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
+    """What each byte becomes, [C, 256]: (v / 255 - mean) / std, rounded once to float32, float16 or bfloat16.
+
+    bfloat16 is carried as the uint16 of its bits, rounded to nearest even: numpy has no such type.
+    """
+    values: npt.NDArray[Any] = (
+        (np.arange(256)[None, :] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
+    ).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    else:
+        values = values.astype(dtype)
+    return values
+
+
+@njit(nogil=True, cache=True)
+def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one place for the compiler
+    source: Any, offsets: Any, table: Any, cutout: int, lut: Any, out: Any
+) -> None:
+    """Write augmented, normalised images. Compiled; takes no lock of Python's; images are independent.
+
+    source: uint8, flat; offsets: uint64 [n], where each image begins in it; table: int32 [n, 5] of `decide`;
+    lut: [C, 256]; out: [n, H, W, C] of lut's type, overwritten whole.
+    """
+    n, height, width, channels = out.shape
+    for i in range(n):
+        base = np.int64(offsets[i])
+        flip, dy, dx = table[i, 0], np.int64(table[i, 1]), np.int64(table[i, 2])
+        low, high = max(0, -dx), min(width, width - dx)  # columns of the shifted image that have a source
+        for y in range(height):
+            row = y + dy
+            if row < 0 or row >= height:
+                low_here, high_here = width, width
+            else:
+                low_here, high_here = low, high
+            for x in range(low_here):
+                for c in range(channels):
+                    out[i, y, width - 1 - x if flip else x, c] = lut[c, 0]
+            at = base + (row * width + low_here + dx) * channels
+            for x in range(low_here, high_here):
+                to = width - 1 - x if flip else x
+                for c in range(channels):
+                    out[i, y, to, c] = lut[c, source[at + c]]
+                at += channels
+            for x in range(high_here, width):
+                for c in range(channels):
+                    out[i, y, width - 1 - x if flip else x, c] = lut[c, 0]
+        for y in range(table[i, 3], min(table[i, 3] + cutout, height)):
+            for x in range(table[i, 4], min(table[i, 4] + cutout, width)):
+                for c in range(channels):
+                    out[i, y, x, c] = 0

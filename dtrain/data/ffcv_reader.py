@@ -1,0 +1,135 @@
+"""Images out of a beton through FFCV: the only file that imports it.
+
+FFCV maps the file and gathers what our indices name, in a thread of its own. Its order, sharding, random operations and
+seeds are not used. Its thread is replaced by one that ends when told to, and hands its error over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from queue import Empty, Full
+from typing import Any
+
+import numba
+import numba.typed
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dtrain.data.beton import Beton
+from dtrain.data.memory_reader import Slot
+from dtrain.errors import DataError
+
+POLL_SECONDS = 0.05
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """FFCV sets torch's and numba's thread counts, at import and for every loader; they are ours."""
+    of_torch, of_numba = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(of_torch)
+        numba.set_num_threads(of_numba)
+
+
+@contextlib.contextmanager
+def _no_typed_dict() -> Iterator[None]:
+    """FFCV compiles a numba dictionary while it is imported, for seconds, to hold three constants: a dict will do."""
+    kept, numba.typed.Dict = numba.typed.Dict, dict
+    try:
+        yield
+    finally:
+        numba.typed.Dict = kept
+
+
+with _threads_kept(), _no_typed_dict():
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+
+class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
+    """FFCV's thread, fed by our batches. It stops within a batch when told to and keeps the error it died of."""
+
+    def __init__(self, loader: Any, batches: Iterator[npt.NDArray[np.uint64]]) -> None:
+        self._ready = False
+        self.error: BaseException | None = None
+        super().__init__(loader, np.zeros(0, dtype=np.uint64))
+        self.iter_ixes = batches
+        self._ready = True
+        self.start()
+
+    def start(self) -> None:
+        """Begin, but not already in FFCV's constructor, where the batches are not yet ours."""
+        if self._ready:
+            threading.Thread.start(self)
+
+    def run(self) -> None:
+        """Fill slot after slot; then, or on an error, say that nothing more comes."""
+        try:
+            for number, indices in enumerate(self.iter_ixes):
+                slot = number % (self.loader.batches_ahead + 2)
+                if not self._put(self.run_pipeline(number, indices, slot, None)[0]):
+                    return
+        except BaseException as error:
+            self.error = error
+        self._put(None)
+
+    def _put(self, item: Any) -> bool:
+        while not self.terminate_event.is_set():
+            with contextlib.suppress(Full):
+                self.output_queue.put(item, timeout=POLL_SECONDS)
+                return True
+        return False
+
+    def stop(self) -> None:
+        """End the thread and wait for it; at most one batch and a poll."""
+        self.terminate_event.set()
+        self.join()
+        with contextlib.suppress(Empty):
+            while True:
+                self.output_queue.get_nowait()
+        self.close()
+
+
+class FfcvReader:
+    """One stream of slots for given batches of sample indices; a slot is valid until the next is asked for."""
+
+    def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
+        count = len(beton.labels)
+
+        def checked() -> Iterator[npt.NDArray[np.uint64]]:
+            for indices in batches:  # FFCV reads stray memory for an index that is not there
+                if len(indices) and not 0 <= indices.min() <= indices.max() < count:
+                    raise DataError(f"{beton.path}: sample {indices.max()} was asked for, it has {count}")
+                yield np.ascontiguousarray(indices, dtype=np.uint64)
+
+        with _threads_kept():
+            loader = Loader(
+                str(beton.path),
+                batch_size=largest,
+                num_workers=1,
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                drop_last=False,
+                batches_ahead=1,
+                pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
+            )
+            self._stream = _Stream(loader, checked())
+        self._bytes = beton.image_size**2 * beton.channels
+
+    def __iter__(self) -> Iterator[Slot]:
+        while (images := self._stream.output_queue.get()) is not None:
+            yield images.reshape(-1), np.arange(len(images), dtype=np.uint64) * np.uint64(self._bytes)
+        if isinstance(self._stream.error, DataError):
+            raise self._stream.error
+        if self._stream.error is not None:
+            raise DataError(f"FFCV could not read: {self._stream.error}") from self._stream.error
+
+    def close(self) -> None:
+        """Give the thread back."""
+        self._stream.stop()

@@ -1,0 +1,255 @@
+"""Batches: indices of step k -> reader -> augment -> a fresh Batch, made ahead in one thread.
+
+Batch k does not depend on how it is reached: the thread runs ahead through the steps in order, and a jump closes and
+reopens it. Nothing of a loader needs saving.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dtrain.data.augment import Augmentation, decide, lookup_table, move_pixels
+from dtrain.data.beton import Beton
+from dtrain.errors import UsageError
+
+AHEAD = 2  # batches that wait, ready: one to hide the making of the next, one for a slow one
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: [b, C, H, W] in channels-last memory, float32 or the autocast type, normalised.
+
+    labels, indices: int64 [b]. Fresh memory: it may be kept.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a step's batch is made of: sample indices, int64 [b], and the epoch of their draws, None for none."""
+
+    indices: npt.NDArray[np.int64]
+    epoch: int | None
+
+
+class Loader:
+    """Batches by step; see `open_loader`. Use it from one thread; close it, or leave its `with` block."""
+
+    def __init__(
+        self,
+        beton: Beton,
+        request_at: Callable[[int], Request | None],
+        *,
+        kind: str,
+        augmentation: Augmentation | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        kernel_threads: int,
+        largest: int,
+    ) -> None:
+        self.kind = kind
+        self.wait_seconds = 0.0  # spent in `batch`, waiting for one
+        self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
+        self._lut = lookup_table(mean, std, str(dtype).removeprefix("torch."))
+        self._dtype, self._device, self._largest = dtype, device, largest
+        self._pool = ThreadPoolExecutor(kernel_threads, "dtrain-kernel") if kernel_threads > 1 else None
+        self._parts = kernel_threads
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch's
+        self._ahead: _Ahead | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`. Steps in order are ready ahead of time; another step starts the reader anew.
+
+        Raises IndexError where there is none, and whatever the reader met. On CUDA the copy was queued on a stream of
+        its own and the current stream waits for it; the host does not.
+        """
+        started = time.perf_counter()
+        if self._ahead is None or self._ahead.next_step != step:
+            self._stop()
+            self._ahead = _Ahead(self, step)
+        made = self._ahead.take()
+        self.wait_seconds += time.perf_counter() - started
+        if isinstance(made, Batch):
+            if self._copies is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._copies)
+                for tensor in (made.images, made.labels):
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+            return made
+        self._stop()
+        if made is None:
+            raise IndexError(f"there is no batch {step}")
+        raise made
+
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """Make batches from `step` on, in the calling thread, without end or until there is none."""
+        wanted: list[Request] = []  # requests the reader has been given and that are not yet made
+
+        def indices() -> Iterator[npt.NDArray[np.int64]]:
+            at = step
+            while (request := self._request_at(at)) is not None:
+                wanted.append(request)
+                yield request.indices
+                at += 1
+
+        reader = _reader_class(self.kind)(self._beton, indices(), self._largest)
+        try:
+            for flat, offsets in reader:
+                yield self._make(flat, offsets, wanted.pop(0))
+        finally:
+            reader.close()
+
+    def _make(self, flat: npt.NDArray[np.uint8], offsets: npt.NDArray[np.uint64], request: Request) -> Batch:
+        size, channels = self._beton.image_size, self._beton.channels
+        count = len(request.indices)
+        if self._augmentation is not None and request.epoch is not None:
+            table = decide(self._augmentation, request.epoch, request.indices, size)
+            cutout = self._augmentation.cutout
+        else:
+            table, cutout = np.zeros((count, 5), dtype=np.int32), 0
+        pin = self._copies is not None
+        # written as the bits of the type: numpy has no bfloat16
+        carrier = torch.uint16 if self._dtype == torch.bfloat16 else self._dtype
+        images_NHWC = torch.empty((count, size, size, channels), dtype=carrier, pin_memory=pin)
+        out = images_NHWC.numpy()
+
+        def part(number: int) -> None:
+            cut = slice(number * count // self._parts, (number + 1) * count // self._parts)
+            move_pixels(flat, offsets[cut], table[cut], cutout, self._lut, out[cut])
+
+        if self._pool is None:
+            part(0)
+        else:
+            list(self._pool.map(part, range(self._parts)))
+        images = images_NHWC.view(self._dtype).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(self._beton.labels[request.indices])
+        indices = torch.from_numpy(request.indices.copy())
+        if self._copies is None:
+            return Batch(images, labels, indices)
+        with torch.cuda.stream(self._copies):
+            return Batch(
+                images.to(self._device, non_blocking=True),
+                labels.pin_memory().to(self._device, non_blocking=True),
+                indices,
+            )
+
+    def _stop(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+
+    def close(self) -> None:
+        """End every thread."""
+        self._stop()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Ahead:
+    """One thread that makes batches in order and holds AHEAD of them; ends with a batch, None, or an error."""
+
+    def __init__(self, loader: Loader, step: int) -> None:
+        self.next_step = step
+        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(loader, step), name="dtrain-loader", daemon=True)
+        self._thread.start()
+
+    def _run(self, loader: Loader, step: int) -> None:
+        batches = loader.batches_from(step)
+        try:
+            for batch in batches:
+                if not self._put(batch):
+                    return
+            self._put(None)
+        except Exception as error:
+            self._put(error)
+        finally:
+            batches.close()  # type: ignore[attr-defined]  # a generator: gives the reader's thread back
+
+    def _put(self, item: Batch | Exception | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def take(self) -> Batch | Exception | None:
+        self.next_step += 1
+        return self._ready.get()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _reader_class(kind: str) -> Any:
+    if kind == "ffcv":
+        from dtrain.data.ffcv_reader import FfcvReader
+
+        return FfcvReader
+    from dtrain.data.memory_reader import MemoryReader
+
+    return MemoryReader
+
+
+def open_loader(
+    beton: Beton,
+    request_at: Callable[[int], Request | None],
+    *,
+    kind: str,
+    augmentation: Augmentation | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    largest: int,
+    kernel_threads: int = 1,
+) -> Loader:
+    """A loader of the batches that `request_at(step)` names, out of `beton`; None ends the stream.
+
+    kind: auto (ffcv where it is installed, else memory), ffcv or memory: equal bytes. augmentation: for requests with
+    an epoch. mean, std: per channel in 0..1. largest: images in the largest request. The first batch compiles the
+    kernel once a machine. Raises UsageError for ffcv where it is not installed.
+    """
+    installed = importlib.util.find_spec("ffcv") is not None
+    if kind == "ffcv" and not installed:
+        raise UsageError("--loader ffcv: FFCV is not installed; pip install 'dtrain[ffcv]', or use --loader memory")
+    channels = beton.channels
+    return Loader(
+        beton,
+        request_at,
+        kind="ffcv" if kind != "memory" and installed else "memory",
+        augmentation=augmentation,
+        mean=mean * channels if len(mean) == 1 else mean,
+        std=std * channels if len(std) == 1 else std,
+        dtype=dtype,
+        device=device,
+        kernel_threads=kernel_threads,
+        largest=largest,
+    )

@@ -1,0 +1,110 @@
+"""Parameter groups, the plugin's optimizer, loss scaling and clipping; the optimizer's state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain import plugins
+from dtrain.config import TrainConfig, flag_of
+from dtrain.errors import PluginError, StorageError, UsageError
+
+# what a group says about how this machine computes, never about what: a resume keeps its own
+MACHINE_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
+
+
+def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The plugin's optimizer over two groups: what has two dimensions or more decays, biases and norms do not.
+
+    Afterwards each group's `initial_lr` is the rate that the schedule's factor multiplies.
+    Raises UsageError where a flag given by hand is one that this optimizer has no use for.
+    """
+    plugin = plugins.find("optimizer", config.opt)
+    function = plugins.load(plugin)
+    options = plugins.parse_options(function, config.opt_opt, what=f"optimizer {config.opt}")
+    for name in ("momentum", "nesterov", "weight_decay"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if plugins.accepts(function, name):
+            options.setdefault(name, value)
+        elif not config.origin(name).startswith("recipe"):
+            raise UsageError(f"{flag_of(name)}: optimizer {config.opt} has no use for it; leave it out")
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decay = options.get("weight_decay", plugins.default_of(function, "weight_decay"))
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2]},
+    ]
+    if decay is not None:
+        groups[0]["weight_decay"], groups[1]["weight_decay"] = decay, 0.0
+    try:
+        optimizer = function([g for g in groups if g["params"]], lr=config.lr, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PluginError(f"optimizer {config.opt} of {plugin.distribution} could not be built: {error}") from error
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer  # type: ignore[no-any-return]  # a plugin's callable is untyped by nature
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its own rate times the schedule's factor. Python floats; no sync."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An optimizer's state: tensors named `<parameter>/<key>`, and what is not a tensor."""
+
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any]  # "state": {"<parameter>/<key>": number}, "groups": [hyper-parameters]
+
+
+def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
+    """State by parameter name, without a copy; hyper-parameters of the groups, without what is the machine's."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            target = tensors if isinstance(value, Tensor) else scalars
+            target[f"{names[id(parameter)]}/{key}"] = value
+    groups = [{k: v for k, v in group.items() if k not in MACHINE_KEYS} for group in optimizer.param_groups]
+    return Packed(tensors, {"state": scalars, "groups": groups})
+
+
+def unpack(optimizer: torch.optim.Optimizer, module: nn.Module, packed: Packed) -> None:
+    """Restore `pack`'s result into this optimizer, each tensor in its own parameter's strides.
+
+    Files keep no strides, and fused SGD and Adam silently give wrong weights where a momentum buffer is laid out
+    otherwise than its parameter. Raises StorageError where the groups are not those of this optimizer.
+    """
+    groups = packed.scalars["groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise StorageError(
+            f"the checkpoint's optimizer has {len(groups)} groups, this one {len(optimizer.param_groups)}"
+        )
+    current = optimizer.state_dict()
+    names = {name: p for name, p in module.named_parameters()}
+    positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for full_name, value in {**packed.tensors, **packed.scalars["state"]}.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in names:
+            raise StorageError(f"the checkpoint's optimizer has state for {name!r}, which this network lacks")
+        parameter = names[name]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # the parameter's own strides
+        state.setdefault(positions[id(parameter)], {})[key] = value
+    merged = [{**mine, **_lists_as_tuples(saved)} for mine, saved in zip(current["param_groups"], groups, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _lists_as_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON turns Adam's betas into a list."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}

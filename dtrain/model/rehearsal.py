@@ -1,0 +1,112 @@
+"""Two steps before training: what is wrong with a network is told here, in one line, not an hour later.
+
+It also settles DDP: buckets are rebuilt after the first backward pass, and another order of buckets is another order of
+sums. Without a rehearsal a resume on 3 or 4 processes has other bits than the run that was not stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import PluginError
+from dtrain.keyed import Stream, key, torch_seed
+from dtrain.model.network import Network
+from dtrain.model.step import loss_of
+from dtrain.world import World
+
+
+def noise(seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """Keyed images for a rehearsal: (N, C, H, W) in [-1, 1), channels-last, the same on every process."""
+    count = int(np.prod(shape))
+    values = key(seed, Stream.REHEARSAL, np.arange(count, dtype=np.uint64)) >> np.uint64(40)
+    images = torch.from_numpy((values.astype(np.float32) / 2.0**23 - 1.0).reshape(shape))
+    return images.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bool:
+    """Whether the training output depends on float buffers: then every process must train with rank 0's.
+
+    Batch norm's statistics do not; a layer that normalises by a running mean does. The module is left as it was.
+    """
+    floats = [b for b in module.buffers() if b.is_floating_point()]
+    if not floats:
+        return False
+    saved = [b.clone() for b in module.buffers()]
+    outputs = []
+    with torch.no_grad():
+        for push in (0.0, 0.5):
+            for buffer, value in zip(module.buffers(), saved, strict=True):
+                buffer.copy_(value + push if value.is_floating_point() else value)
+            torch.manual_seed(torch_seed(seed, Stream.REHEARSAL))
+            output = module(images_NCHW)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+        for buffer, value in zip(module.buffers(), saved, strict=True):
+            buffer.copy_(value)
+    return not torch.equal(outputs[0], outputs[1])
+
+
+def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes: int) -> None:
+    """Raise PluginError unless one training-mode pass gives [N, num_classes] logits. Buffers are left as they were."""
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    size = f"{images_NCHW.shape[1]} x {images_NCHW.shape[2]} x {images_NCHW.shape[3]}"
+    try:
+        with torch.no_grad():
+            output = module(images_NCHW)
+    except Exception as error:
+        raise PluginError(f"architecture {arch} fails on {size} images: {type(error).__name__}: {error}") from error
+    logits = output[0] if isinstance(output, tuple) and output else output
+    wanted = (images_NCHW.shape[0], num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise PluginError(f"architecture {arch} must return logits of shape {wanted} for {size} images, found {found}")
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(saved[name])
+
+
+def rehearse(network: Network, images_NCHW: Tensor, arch: str, num_classes: int, world: World) -> None:
+    """Two forward and backward passes through the wrapped network; weights and buffers end as they began.
+
+    images_NCHW: this process's, of the real image size. Raises PluginError for a parameter without gradient (which
+    would hang DDP) and a state dict that does not come back; ProcessError for initial weights that differ over
+    processes. Collective.
+    """
+    before = {name: value.detach().clone() for name, value in network.tensors().items()}
+    world.same(digest_of(before), f"the initial network of architecture {arch}")
+    labels_N = torch.arange(images_NCHW.shape[0], device=network.device) % num_classes
+    unused = [] if world.size == 1 else _without_gradient(network, network.module, images_NCHW, labels_N)
+    for _ in range(0 if unused else 2):
+        network.module.zero_grad(set_to_none=True)
+        unused = _without_gradient(network, network.trained, images_NCHW, labels_N)
+    if unused:
+        raise PluginError(
+            f"architecture {arch}: parameter {unused[0]} gets no gradient ({len(unused)} in all), so it would never "
+            "train; use it in forward, or set requires_grad=False"
+        )
+    network.module.zero_grad(set_to_none=True)
+    try:
+        network.load(before)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise PluginError(f"architecture {arch}: its state dict does not load back: {error}") from error
+
+
+def _without_gradient(network: Network, module: nn.Module, images_NCHW: Tensor, labels_N: Tensor) -> list[str]:
+    with network.autocast():
+        output = module(images_NCHW)
+    losses_N, _ = loss_of(output, labels_N, 0.0)
+    torch.autograd.backward(losses_N.mean())
+    return [n for n, p in network.module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types and bytes, for comparing processes. One copy to the host."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

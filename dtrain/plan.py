@@ -1,0 +1,166 @@
+"""Every number of a run that follows from others, once, and why: pure, without torch, data or processes.
+
+A Plan answers for any step, without history: which samples it is made of, which part of them is whose, its learning
+rate, and whether something is due after it. "After step k" counts updates done: step 0 is before the first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtrain import keyed, schedules
+from dtrain.config import Every, TrainConfig, parse_every
+from dtrain.errors import UsageError
+from dtrain.plugins import parse_options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The derived numbers of one run. Sizes are in images; `batch_size` counts all processes together.
+
+    batch_size = world_size x share, share = grad_accum_steps x micro_batch, steps_per_epoch = train_size // batch_size.
+    """
+
+    seed: int
+    train_size: int
+    world_size: int
+    batch_size: int
+    share: int
+    micro_batch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_samples: int
+    schedule: str
+    schedule_options: tuple[tuple[str, Any], ...]
+    log_interval: int
+    eval_every: Every
+    save_every: Every
+
+    @property
+    def total_samples(self) -> int:
+        """Images that the whole run sees."""
+        return self.total_steps * self.batch_size
+
+    def batch_size_at(self, step: int) -> int:
+        """The size of the global batch that step `step` (0-based) is made of."""
+        return self.batch_size
+
+    def epoch_at(self, step: int) -> int:
+        """The epoch (0-based) that step `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> npt.NDArray[np.int64]:
+        """Positions in the training set of the whole global batch of step `step`, int64 [batch_size]."""
+        first = step % self.steps_per_epoch * self.batch_size
+        return _order(self.train_size, self.seed, self.epoch_at(step))[first : first + self.batch_size]
+
+    def share_of(self, step: int, rank: int) -> npt.NDArray[np.int64]:
+        """The part of `batch(step)` that process `rank` computes: the rank-th contiguous one, int64 [share]."""
+        return self.batch(step)[rank * self.share : (rank + 1) * self.share]
+
+    def lr_factor(self, samples: int) -> float:
+        """What every group's own learning rate is multiplied by in the step that begins with `samples` seen."""
+        return schedules.factor(
+            self.schedule,
+            samples,
+            self.total_samples,
+            warmup=self.warmup_samples,
+            batch=self.batch_size,
+            options=dict(self.schedule_options),
+        )
+
+    def logs_at(self, step: int) -> bool:
+        """Whether a row is due after `step` updates: every `log_interval`, and at the end."""
+        return step % self.log_interval == 0 or step == self.total_steps
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due after `step` updates; always at the end."""
+        return self._due(self.eval_every, step)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` updates, as far as steps decide; always at the end."""
+        return self._due(self.save_every, step)
+
+    def _due(self, every: Every, step: int) -> bool:
+        if step == self.total_steps:
+            return True
+        if every.steps is not None:
+            return step % every.steps == 0
+        if every.epochs is not None:  # the first step at or past each multiple of the interval
+            per_interval = every.epochs * self.steps_per_epoch
+            return step > 0 and math.floor(step / per_interval + 1e-9) > math.floor((step - 1) / per_interval + 1e-9)
+        return False
+
+    def lines(self, lr: float) -> list[str]:
+        """The plan for people, each number with its reason. lr: the peak learning rate."""
+        share = f"{self.world_size} processes x {self.share}" if self.world_size > 1 else "1 process"
+        if self.share != self.micro_batch:
+            share += f", each in {self.share // self.micro_batch} micro-batches of {self.micro_batch}"
+        left = self.train_size - self.steps_per_epoch * self.batch_size
+        tail = f"; {left} images of each epoch's order are left out" if left else ""
+        warm = f" after a warm-up of {self.warmup_samples} images" if self.warmup_samples else ""
+        return [
+            f"batch {self.batch_size} = {share}",
+            f"{self.steps_per_epoch} steps an epoch = {self.train_size} // {self.batch_size}{tail}",
+            f"{self.total_steps} steps in all = {self.total_steps / self.steps_per_epoch:.4g} epochs",
+            f"peak rate {lr:g}, {self.schedule}{warm}",
+        ]
+
+
+@functools.lru_cache(
+    maxsize=2
+)  # the epoch being read and, near its end, the one prefetched; a pure function, so no state
+def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return keyed.order(n, seed, epoch)
+
+
+def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
+    """The plan of `config` for a training set of `train_size` images on `world_size` processes.
+
+    Raises UsageError where a batch does not divide over processes and micro-batches (naming the nearest sizes that
+    do), is larger than the training set, or a warm-up leaves no step for the schedule.
+    """
+    batch, parts = config.batch_size, world_size * config.grad_accum_steps
+    if batch % parts:
+        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        sizes = f"{below} or {above}" if below else str(above)
+        accumulated = f" x {config.grad_accum_steps} micro-batches" if config.grad_accum_steps > 1 else ""
+        raise UsageError(f"--batch-size {batch} does not divide over {world_size} processes{accumulated}; try {sizes}")
+    if batch > train_size:
+        most = train_size // parts * parts
+        fix = f"give at most {most}" if most else "use fewer processes"
+        raise UsageError(f"--batch-size {batch} is larger than the training set of {train_size} images; {fix}")
+    per_epoch = train_size // batch
+    total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
+    warmup = round(config.warmup_epochs * per_epoch)
+    if config.origin("warmup_epochs").startswith("recipe"):  # meant for the recipe's length: a short trial keeps half
+        warmup = min(warmup, total // 2)
+    if warmup and warmup >= total:
+        raise UsageError(
+            f"--warmup-epochs {config.warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
+            f"give less than {total / per_epoch:g}"
+        )
+    function = schedules.SCHEDULES[config.schedule]
+    options = parse_options(function, config.schedule_opt, what=f"schedule {config.schedule}")
+    return Plan(
+        seed=config.seed,
+        train_size=train_size,
+        world_size=world_size,
+        batch_size=batch,
+        share=batch // world_size,
+        micro_batch=batch // parts,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        warmup_samples=warmup * batch,
+        schedule=config.schedule,
+        schedule_options=tuple(sorted(options.items())),
+        log_interval=config.log_interval,
+        eval_every=parse_every(config.eval_every, "--eval-every", clock=False),
+        save_every=parse_every(config.checkpoint_every, "--checkpoint-every", clock=True),
+    )

@@ -1,0 +1,363 @@
+"""Checkpoints: folders of tensors and JSON that appear whole, are proven sound before they are used, and run no code.
+
+    checkpoints/step-00001200/
+      network.safetensors, optimizer.safetensors, ...   one a part: {name: tensor}, contiguous
+      state.json                                        what the run counts
+      manifest.json                                     size and SHA-256 of each file, and of itself without that line
+
+A checkpoint is sound if `load` accepts it, and there is no other test. The bytes that are hashed are the bytes that
+are parsed: they are read once, and safetensors sees them only after size and SHA-256 agree. Only the process that owns
+the run directory writes here; the others load the bytes it sends them (`read`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dtrain.errors import DivergedError, StorageError
+from dtrain.files import JSON, PARTIAL, canonical_json, remove_partials, set_aside, whole_folder
+
+Tensors = Mapping[str, Tensor]
+
+FORMAT = 1
+NETWORK = "network"  # the one part whose values must be finite
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
+MANIFEST_LIMIT = 16 << 20  # bytes; a class name for each of 100,000 classes fits
+_FOLDER = re.compile(r"step-(\d{8,})")
+_PART = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class DamagedError(StorageError):
+    """A checkpoint whose files are not those that were saved."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `step` updates. Tensors are contiguous and on the CPU; they share no memory."""
+
+    step: int
+    parts: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest sound checkpoint (None where there is none) and the newer ones that are not, with the reasons."""
+
+    path: Path | None
+    step: int
+    damaged: list[tuple[Path, str]]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def name_of(step: int) -> str:
+    """The folder's name: step-00001200."""
+    return f"step-{step:08d}"
+
+
+def save(
+    checkpoints: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, JSON], about: Mapping[str, JSON]
+) -> Path:
+    """Write the checkpoint of `step`, whole or not at all, durable when this returns; returns its folder.
+
+    A sound checkpoint of this step is kept as it is, a damaged one set aside. The same arguments give the same bytes.
+    Raises DivergedError if the part "network" holds a float that is not finite, StorageError if the disk refuses;
+    the older checkpoints stay in both cases. Cost: copies one part at a time to the host; writes and hashes each once.
+    """
+    _refuse_non_finite(step, parts.get(NETWORK, {}))
+    path = checkpoints / name_of(step)
+    try:
+        if os.path.lexists(path):
+            if verify(path) is None:
+                return path
+            set_aside(path, "damaged")
+        with whole_folder(path) as folder:
+            _write(folder, step, parts, state, about)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space or lower --keep" if full else "older checkpoints are untouched"
+        raise StorageError(f"cannot save checkpoint {path}: {error.strerror}; {advice}") from error
+    return path
+
+
+def _refuse_non_finite(step: int, network: Tensors) -> None:
+    for name, tensor in network.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"{name} is not finite after step {step}: the training diverged, nothing was saved; lower --lr"
+            )
+
+
+def _write(
+    folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, JSON], about: Mapping[str, JSON]
+) -> None:
+    files: dict[str, JSON] = {}
+
+    def write(name: str, content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    for part in sorted(parts):
+        # in memory first: safetensors' own writer reports a full disk as its own error, without an errno
+        write(part + TENSORS, safetensors.torch.save(_contiguous(parts[part])))
+    write(STATE, _json(state))
+    manifest = {"format": FORMAT, "step": step, "files": files, "about": about}
+    (folder / MANIFEST).write_bytes(_signed(manifest))
+
+
+def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies on the host: safetensors takes neither channels-last tensors nor two names for one memory."""
+    return {
+        name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name in sorted(tensors)
+    }
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def _signed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes, ending in the SHA-256 of its content without that line."""
+    return _json({**manifest, "sha256": hashlib.sha256(canonical_json(manifest)).hexdigest()})
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """The files of a checkpoint folder by name, as `load` takes them: what rank 0 sends to the other processes.
+
+    Only regular files that the manifest lists, in the sizes it tells, are opened; digests are left to `load`.
+    Raises DamagedError, or StorageError where the disk does not let us read. Cost: the checkpoint's size in memory.
+    """
+    try:
+        if path.is_symlink():
+            raise DamagedError(f"{path.name} is a link")
+        with os.scandir(path) as entries:
+            found = {entry.name: entry for entry in entries}
+        for entry in found.values():
+            if not entry.is_file(follow_symlinks=False):
+                raise DamagedError(f"{entry.name} is not a regular file")
+        sizes = {name: entry.stat(follow_symlinks=False).st_size for name, entry in found.items()}
+        if sizes.get(MANIFEST, 0) > MANIFEST_LIMIT:
+            raise DamagedError(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+        files = {name: _bytes_of(path / name) for name in (MANIFEST,) if name in found}
+        listed_files = _listed_files(_manifest(files), sizes)
+        return files | {name: _bytes_of(path / name) for name in listed_files}
+    except OSError as error:
+        reason = f"{error.filename or path}: {error.strerror}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):  # gone or unreadable for good, unlike EACCES
+            raise DamagedError(reason) from error
+        raise StorageError(f"cannot read checkpoint {reason}") from error
+
+
+def load(source: Path | Mapping[str, bytes]) -> Checkpoint:
+    """The checkpoint in a folder, or in the bytes that `read` gave, verified first. Nothing in it is executed.
+
+    Raises DamagedError with the reason if anything is not as it was saved, StorageError if it is sound but of another
+    format. Cost: reads and hashes everything once; twice the checkpoint's size in memory for a moment.
+    """
+    files = read(source) if isinstance(source, Path) else source
+    manifest = _manifest(files)
+    for name, told in _listed_files(manifest, {name: len(content) for name, content in files.items()}).items():
+        if hashlib.sha256(files[name]).hexdigest() != told["sha256"]:
+            raise DamagedError(f"{name} does not have the SHA-256 that {MANIFEST} tells")
+    parts = {name.removesuffix(TENSORS): _parse(name, files[name]) for name in files if name.endswith(TENSORS)}
+    return Checkpoint(manifest["step"], parts, _object(STATE, files[STATE]), manifest["about"])
+
+
+def verify(path: Path) -> str | None:
+    """Why `load` would refuse this checkpoint folder; None if it is sound. Costs as much as `load`."""
+    try:
+        load(path)
+    except StorageError as error:
+        return str(error)
+    return None
+
+
+def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The manifest, once its bytes are the ones we would write for its content, which leaves no byte unchecked."""
+    if MANIFEST not in files:
+        raise DamagedError(f"{MANIFEST} is missing")
+    signed = _object(MANIFEST, files[MANIFEST])
+    manifest = {key: value for key, value in signed.items() if key != "sha256"}
+    try:
+        sound = files[MANIFEST] == _signed(manifest)
+    except ValueError:  # NaN, which Python's parser takes, or half a surrogate pair
+        sound = False
+    if not sound:
+        raise DamagedError(f"{MANIFEST} does not have its own SHA-256")
+    if manifest.get("format") != FORMAT:
+        raise StorageError(
+            f"checkpoint has format {manifest.get('format')!r}, this dtrain reads format {FORMAT}; "
+            "use the version of dtrain that wrote it"
+        )
+    shape = {"format": int, "step": int, "files": dict, "about": dict}
+    if {key: type(value) for key, value in manifest.items()} != shape:
+        raise DamagedError(f"{MANIFEST} does not hold what a manifest holds")
+    return manifest
+
+
+def _listed_files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The manifest's files, once they are plain names of checkpoint files and just those in `sizes`."""
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    for name, told in files.items():
+        if name != STATE and not (name.endswith(TENSORS) and _PART.fullmatch(name.removesuffix(TENSORS))):
+            raise DamagedError(f"{MANIFEST} lists {name!r}, which is no file of a checkpoint")
+        if not isinstance(told, dict) or told.keys() != {"size", "sha256"}:
+            raise DamagedError(f"{MANIFEST} does not tell size and SHA-256 of {name}")
+        if name not in sizes:
+            raise DamagedError(f"{name} is missing")
+        if sizes[name] != told["size"]:
+            raise DamagedError(f"{name} has {sizes[name]} bytes, {MANIFEST} tells {told['size']}")
+    if unknown := sorted(sizes.keys() - files.keys() - {MANIFEST}):
+        raise DamagedError(f"{unknown[0]!r} is not in {MANIFEST}")
+    if STATE not in files:
+        raise DamagedError(f"{MANIFEST} does not list {STATE}")
+    return files
+
+
+def _bytes_of(path: Path) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:  # noqa: PTH123 - pathlib cannot refuse links
+        return file.read()
+
+
+def _object(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        raise DamagedError(f"{name} is not JSON") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{name} is not a JSON object")
+    return value
+
+
+def _parse(name: str, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:  # what its two layers raise
+        raise DamagedError(f"{name} is not a safetensors file: {error}") from None
+
+
+# -- many checkpoints ------------------------------------------------------------------------------------------------
+
+
+def listed(checkpoints: Path) -> list[int]:
+    """The steps, ascending, of the folders that are called like a checkpoint; their content is not looked at."""
+    if not checkpoints.is_dir():
+        return []
+    matches = (_FOLDER.fullmatch(entry.name) for entry in checkpoints.iterdir())
+    return sorted(int(match[1]) for match in matches if match and name_of(int(match[1])) == match[0])
+
+
+def find(checkpoints: Path) -> Found:
+    """The newest sound checkpoint; nothing is changed. Raises StorageError if one is sound but cannot be used."""
+    damaged = []
+    for step in reversed(listed(checkpoints)):
+        path = checkpoints / name_of(step)
+        try:
+            saved = load(path).step
+        except DamagedError as error:
+            damaged.append((path, str(error)))
+            continue
+        if saved == step:
+            return Found(path, step, damaged)
+        damaged.append((path, f"{MANIFEST} is of step {saved}"))
+    return Found(None, 0, damaged)
+
+
+def newest(checkpoints: Path) -> Found:
+    """`find` for the owner of the run: damaged ones are set aside as `<name>.damaged`, unfinished ones removed.
+
+    `damaged` tells the folders under their new names. Raises StorageError.
+    """
+    found = find(checkpoints)
+    try:
+        remove_partials(checkpoints)
+        aside = [(set_aside(path, "damaged"), reason) for path, reason in found.damaged]
+    except OSError as error:
+        raise StorageError(f"cannot set damaged checkpoints aside in {checkpoints}: {error.strerror}") from error
+    return Found(found.path, found.step, aside)
+
+
+def stale(steps: Sequence[int], *, keep: int, best: int | None) -> list[int]:
+    """Which of `steps` may go, ascending: all but the newest, the best, and the `keep` newest beside these two."""
+    others = sorted(set(steps) - {max(steps, default=0), best})
+    return others[: max(0, len(others) - keep)]
+
+
+def prune(checkpoints: Path, *, keep: int, best: int | None) -> list[int]:
+    """Remove the checkpoints that `stale` names; call it after a save. Returns their steps. Raises StorageError.
+
+    Each loses its name before its files, so that none is ever seen half removed.
+    """
+    gone = stale(listed(checkpoints), keep=keep, best=best)
+    try:
+        for step in gone:
+            doomed = checkpoints / f"{PARTIAL}{name_of(step)}-removed"
+            shutil.rmtree(doomed, ignore_errors=True)
+            (checkpoints / name_of(step)).rename(doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise StorageError(f"cannot remove an old checkpoint in {checkpoints}: {error.strerror}") from error
+    return gone
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 over names, dtypes, shapes and values in logical order: equal for equal tensors in any memory layout.
+
+    Values are compared by their bits, so -0.0 is not 0.0. Cost: a copy to the host, tensor by tensor.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+        total.update(_bytes_by_element(tensor).numpy().data)
+    return total.hexdigest()
+
+
+def first_difference(a: Tensors, b: Tensors) -> str | None:
+    """The first tensor, by name, in which `a` and `b` differ, where, and by how much; None if `digest` is equal."""
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            return f"{name} is only in the {'first' if name in a else 'second'}"
+        one, two = a[name], b[name]
+        kinds = [f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (one, two)]
+        if kinds[0] != kinds[1]:
+            return f"{name} is {kinds[0]} in the first, {kinds[1]} in the second"
+        unequal = (_bytes_by_element(one) != _bytes_by_element(two)).any(dim=1).nonzero().flatten()
+        if len(unequal):
+            place = [int(i) for i in torch.unravel_index(unequal[0], one.shape)]
+            values = [t[tuple(place)].item() for t in (one, two)]
+            return (
+                f"{name}{place} is {values[0]!r} in the first, {values[1]!r} in the second; "
+                f"{len(unequal)} of {one.numel()} elements differ"
+            )
+    return None
+
+
+def _bytes_by_element(tensor: Tensor) -> Tensor:
+    """uint8 [elements, bytes an element] on the host, in logical order."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).reshape(flat.numel(), flat.element_size())

@@ -1,0 +1,113 @@
+"""What people see: one bar on a terminal, plain lines elsewhere, a table at the end. Rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Console:
+    """Prints if `enabled`, else is silent: the other ranks have one too and need not ask who they are."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._bar: Any = None
+        self._task: Any = None
+        self._drawn = enabled and sys.stdout.isatty()
+
+    def line(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line of warning, on stderr."""
+        if self.enabled:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Draw the bar of a run, on a terminal."""
+        if self._drawn:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
+            )
+            self._task = self._bar.add_task("training", total=total_steps, completed=step)
+            self._bar.start()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def train(self, row: Mapping[str, Any], total_epochs: float, total_steps: int) -> None:
+        """A train row: progress, loss, accuracy, rate, speed, wait, time left."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"])
+        clock = row["clock"]
+        self.line(
+            f"epoch {row['epoch']:.2f}/{total_epochs:.4g}  step {row['step']}/{total_steps}  loss {row['loss']:.4f}  "
+            f"acc {100 * row['top1_fraction']:.2f} %  lr {row['lr']:.3g}  {clock['images_per_second']:.0f} images/s  "
+            f"wait {100 * clock['data_wait_fraction']:.1f} %  left {span(clock['left_seconds'])}"
+        )
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """An eval row: counts and percent."""
+        weights = "" if row["weights"] == "raw" else f" ({row['weights']} weights)"
+        self.line(
+            f"{row['split']} at step {row['step']}{weights}: {counted(row['hits'], row['images'])}, "
+            f"top-5 {counted(row['hits5'], row['images'])}, loss {row['loss']:.4f}"
+        )
+
+    def converting(self, progress: Generator[Any, None, T]) -> T:
+        """Run a conversion to its end and return its result; a bar on a terminal, a line a split elsewhere."""
+        bar, tasks = None, {}
+        try:
+            while True:
+                step = next(progress)
+                if self._drawn:
+                    if bar is None:
+                        from rich.progress import Progress
+
+                        bar = Progress()
+                        bar.start()
+                    if step.split not in tasks:
+                        tasks[step.split] = bar.add_task(f"converting {step.split}", total=step.total)
+                    bar.update(tasks[step.split], completed=step.done)
+                elif step.done == step.total:
+                    self.line(f"converted {step.split}: {step.total} images")
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            if bar is not None:
+                bar.stop()
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Two columns under a title."""
+        width = max((len(name) for name, _ in rows), default=0)
+        self.line(f"\n{title}")
+        for name, value in rows:
+            self.line(f"  {name:<{width}}  {value}")
+
+
+def counted(hits: int, images: int) -> str:
+    """`9031/10000 = 90.31 %`."""
+    return f"{hits}/{images} = {100 * hits / max(1, images):.2f} %"
+
+
+def span(seconds: float) -> str:
+    """Seconds for people: 45 s, 2 min 10 s, 1 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,335 @@
+"""The only file that knows processes: who we are, what is agreed, what is summed, who fell silent.
+
+Three kinds of talk, all over torch.distributed:
+- gradients, by DDP, on the default group (gloo or nccl);
+- agreement, one asynchronous int64 all-reduce a step on a gloo group of its own: posted in one step, read in the next;
+- what only rank 0 does (files), through `from_main`: its result or its error is everybody's.
+A collective that fails is explained through the store, where each process keeps how far it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from dtrain.errors import DtrainError, ProcessError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+BEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, as torchrun and its kin tell it by the environment; alone without them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launched: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes for the run."""
+        return self.rank == 0
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process, rank 0, where they are not set."""
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return Place()
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    return Place(rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)), True)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What all processes have agreed to do at this step boundary."""
+
+    save: bool = False
+    stop: bool = False
+
+
+class Clock(Protocol):
+    """Rank 0's wishes that depend on time: a save that is due, a limit that is reached."""
+
+    def ask(self) -> Ask:
+        """What is due now."""
+        ...
+
+
+class World:
+    """This process among the others. With one process nothing is sent and no group exists."""
+
+    def __init__(self, at: Place, timeout_seconds: float) -> None:
+        self.rank, self.size, self.is_main = at.rank, at.size, at.is_main
+        self.timeout_seconds = timeout_seconds
+        self.stop_reason: str | None = None  # the signal this process was sent
+        self._control: Any = None
+        self._posted: Any = None
+        self._pending = Ask()
+        self._beat: _Beat | None = None
+        self._store: Any = None
+
+    # -- coming and going ------------------------------------------------------------------------------------------
+
+    def join(self, at: Place, backend: str) -> None:
+        """Meet the others: the default group, the gloo group for agreement, the store. Collective."""
+        import torch.distributed as dist
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+
+        if at.size > at.local_size:
+            _choose_interface()
+        timeout = timedelta(seconds=self.timeout_seconds)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+            self._control = dist.new_group(backend="gloo", timeout=timeout)
+            # a client of its own: the default group's may be busy inside a collective when the beat wants to write
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            client = TCPStore(host, port, is_master=False, timeout=timeout)
+            self._store = PrefixStore("dtrain", client)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(
+                f"process {self.rank} of {self.size} could not meet the others at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} within {self.timeout_seconds:g} s: {_first_line(error)}"
+            ) from None
+        self._beat = _Beat(self._store, self.rank)
+
+    def leave(self) -> None:
+        """Part from the others in good order. Collective: call it on every rank, or on none after an error."""
+        if self._control is None:
+            return
+        import torch.distributed as dist
+
+        self._read_posted()
+        dist.barrier(group=self._control)
+        if self._beat is not None:
+            self._beat.stop()
+        dist.destroy_process_group()
+        self._control = None
+
+    # -- agreement -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Turn SIGTERM, SIGINT and SIGUSR1 into a wish to stop, which `agreed` carries to all.
+
+        A handler only sets a flag: no Python handler runs inside a blocked collective, and none may start one.
+        Outside the main thread (Ray) signals are left alone.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self.stop_reason = signal.Signals(number).name
+
+    def ignore_signals(self) -> None:
+        """From the agreement to stop on: a late TERM must not turn exit code 75 into 143."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+    def post(self, clock: Clock) -> None:
+        """Send this process's wishes; they are read by the next `agreed`. One int64 all-reduce of two, asynchronous."""
+        mine = clock.ask() if self.is_main else Ask()
+        mine = Ask(save=mine.save, stop=mine.stop or self.stop_reason is not None)
+        if self._control is None:
+            self._pending = mine
+            return
+        import torch
+        import torch.distributed as dist
+
+        wishes = torch.tensor([mine.save, mine.stop], dtype=torch.int64)
+        work = dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        self._posted = (work, wishes)
+
+    def agreed(self, clock: Clock) -> Ask:
+        """What was posted a step ago, by all; and post anew. Collective; waits for what is a step old."""
+        if self._beat is not None:
+            self._beat.count += 1
+        ask = self._read_posted()
+        if not ask.stop:
+            self.post(clock)
+        else:
+            self.ignore_signals()
+        return ask
+
+    def _read_posted(self) -> Ask:
+        if self._control is None:
+            pending, self._pending = self._pending, Ask()
+            return pending
+        if self._posted is None:
+            return Ask()
+        (work, wishes), self._posted = self._posted, None
+        work.wait()
+        save, stop = wishes.tolist()
+        return Ask(save=bool(save), stop=bool(stop))
+
+    # -- sums, files, sameness -------------------------------------------------------------------------------------
+
+    def total(self, sums: torch.Tensor) -> list[int]:
+        """The sum of an int64 tensor over all processes, as ints. Collective and a host sync: for log points only."""
+        mine = sums.cpu()
+        if self._control is not None:
+            import torch.distributed as dist
+
+            dist.all_reduce(mine, group=self._control)
+        return [int(value) for value in mine.tolist()]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective."""
+        if self._control is None:
+            return work()
+        import torch.distributed as dist
+
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box = [work(), None]
+            except DtrainError as error:
+                box = [None, error]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        if box[1] is not None:
+            raise box[1]
+        result: T = box[0]
+        return result
+
+    def same(self, value: str, what: str) -> None:
+        """Raise ProcessError on every rank unless all gave the same `value`. Collective; no cost per rank on rank 0."""
+        if self._control is None:
+            return
+        import torch
+        import torch.distributed as dist
+
+        mains = self.from_main(lambda: value)
+        differing = torch.tensor([0 if value == mains else self.rank], dtype=torch.int64)
+        dist.all_reduce(differing, op=dist.ReduceOp.MAX, group=self._control)
+        if rank := int(differing.item()):
+            raise ProcessError(f"{what} of process {rank} differs from that of process 0; give all processes the same")
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite `tensors` with rank 0's, in place. Collective on the default group."""
+        if self._control is None:
+            return
+        import torch.distributed as dist
+
+        for work in [dist.broadcast(tensor, src=0, async_op=True) for tensor in tensors]:
+            if work is not None:
+                work.wait()
+
+    # -- when something goes wrong ---------------------------------------------------------------------------------
+
+    def explain(self, error: Exception) -> DtrainError | None:
+        """A failed collective as a ProcessError that names who fell silent; None if `error` is something else.
+
+        Waits two beats to see who still moves.
+        """
+        text = str(error).lower()
+        if self._store is None or not any(word in text for word in ("gloo", "nccl", "connection", "timed out", "recv")):
+            return None
+        try:
+            before = self._beats()
+            time.sleep(2.5 * BEAT_SECONDS)
+            after = self._beats()
+        except RuntimeError:
+            return ProcessError("process 0, which keeps the store, went away; see its own error, then run again")
+        silent = [rank for rank in range(self.size) if after[rank] == before[rank]]
+        slowest = min(count for count, _ in after)
+        names = silent or [rank for rank, (count, _) in enumerate(after) if count == slowest]
+        listed = ", ".join(f"{rank} (last seen at its step {after[rank][0]})" for rank in names[:8])
+        return ProcessError(
+            f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
+            "run the same command again to go on from the last checkpoint"
+        )
+
+    def _beats(self) -> list[tuple[int, int]]:
+        beats = []
+        for rank in range(self.size):
+            count, tick = self._store.get(f"beat/{rank}").decode().split()
+            beats.append((int(count), int(tick)))
+        return beats
+
+    def first_to_tell(self) -> bool:
+        """Whether no other process has told its error yet: an error is told once, by the process that had it first."""
+        if self._store is None:
+            return self.is_main
+        try:
+            return int(self._store.add("told", 1)) == 1
+        except RuntimeError:
+            return True
+
+
+class _Beat:
+    """A thread that writes this process's progress to the store each second, so that a laggard can be named."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.count = 0
+        self._store, self._key, self._tick = store, f"beat/{rank}", 0
+        self._stopped = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._run, name="dtrain-beat", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        self._tick += 1
+        self._store.set(self._key, f"{self.count} {self._tick}")
+
+    def _run(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._write()
+            except RuntimeError:  # the store's host is gone; the next collective will tell
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _choose_interface() -> None:
+    """Name the interface of the route to MASTER_ADDR for gloo and nccl, unless the user has.
+
+    By itself gloo binds what the host's own name resolves to, which on Debian is 127.0.1.1: one process is then
+    refused and the other hangs.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        except OSError:
+            return
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name[:15].encode())
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR of linux/sockios.h
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

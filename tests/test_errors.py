@@ -1,0 +1,43 @@
+"""Claims about errors: the exit codes of the design, and the nearest name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from dtrain import errors
+from dtrain.errors import nearest
+
+
+def test_exit_codes_are_those_that_scripts_rely_on() -> None:
+    codes = {
+        "UsageError": 2,
+        "PluginError": 2,
+        "DataError": 3,
+        "ProcessError": 4,
+        "DivergedError": 5,
+        "StorageError": 6,
+        "ProofError": 7,
+        "Stopped": 75,
+    }
+    assert {name: getattr(errors, name).exit_code for name in codes} == codes
+    assert (errors.EXIT_DONE, errors.EXIT_STOPPED_UNSAVED) == (0, 130)
+
+
+def test_every_error_is_a_dtrain_error_and_stands_in_the_drawing_with_its_code() -> None:
+    drawn = dict(re.findall(r"-- (\w+) *(\d*)", errors.__doc__ or ""))
+    defined = {
+        name: kind for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Exception)
+    }
+    assert defined.keys() == drawn.keys() | {"DtrainError"}
+    assert all(issubclass(kind, errors.DtrainError) for kind in defined.values())
+    assert {name: str(defined[name].exit_code) for name, code in drawn.items() if code} == {
+        name: code for name, code in drawn.items() if code
+    }
+
+
+def test_a_slip_is_answered_with_the_nearest_name_and_a_guess_with_all_of_them() -> None:
+    assert nearest("adamv", ["sgd", "adam"]) == "did you mean 'adam'?"
+    assert nearest("resnet-18", ["resnet18", "allcnn_c"]) == "did you mean 'resnet18'?"
+    assert nearest("xyz", ["sgd", "adam", "sgd"]) == "choose from: adam, sgd"
+    assert nearest("xyz", []) == "there are none"

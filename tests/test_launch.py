@@ -1,0 +1,151 @@
+"""The set-up and launch scripts do what their heads say, on real processes and a real pip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from warm import free_port
+
+REPOSITORY = Path(__file__).parents[1]
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), REPOSITORY / ".ci" / "run"]
+SHORT_RUN = ["--arch", "allcnn_c", "--dataset", "digits", "--steps", "4", "--loader", "memory"]
+START_SECONDS = 150  # two agents and two workers import torch on a machine that may be busy
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment with the interpreter of the tests first on PATH, and one thread a worker."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_executable_and_parse(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    subprocess.run(["sh", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", script], check=True)
+
+
+def test_many_nodes_names_the_variable_that_is_missing() -> None:
+    known = {name: value for name, value in environment(HEAD="127.0.0.1", NNODES="2").items() if name != "NODE_RANK"}
+    done = subprocess.run([str(LAUNCH / "many_nodes.sh")], env=known, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "NODE_RANK: is 0 on HEAD" in done.stderr
+
+
+@pytest.mark.dist
+def test_one_node_trains_with_the_number_of_processes_asked_for(tmp_path: Path) -> None:
+    command = [str(LAUNCH / "one_node.sh"), *SHORT_RUN]
+    done = subprocess.run(
+        command, env=environment(NPROC="2"), cwd=tmp_path, capture_output=True, text=True, timeout=START_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.dist
+def test_two_nodes_meet_and_leave_one_run_directory(tmp_path: Path) -> None:
+    shared = {"HEAD": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
+    agents = [
+        subprocess.Popen(
+            [str(LAUNCH / "many_nodes.sh"), *SHORT_RUN],
+            env=environment(**shared, NODE_RANK=str(node)),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        outputs = [agent.communicate(timeout=START_SECONDS)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # torchrun then ends its workers
+            agent.communicate()
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    assert "2 processes" in "".join(outputs)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+# The smallest build backend: the wheel's metadata are setup.cfg to the letter. So pip is real and needs no network.
+BACKEND = """
+from pathlib import Path
+from zipfile import ZipFile
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    metadata = Path("setup.cfg").read_text()
+    with ZipFile(Path(folder) / "dtrain-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("dtrain-1.dist-info/METADATA", metadata)
+        wheel.writestr("dtrain-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr("dtrain-1.dist-info/RECORD", "")
+    return "dtrain-1-py3-none-any.whl"
+"""
+METADATA = "Metadata-Version: 2.1\nName: dtrain\nVersion: 1\nProvides-Extra: dev\n"
+
+
+@pytest.fixture
+def bare_checkout(tmp_path: Path) -> Iterator[Path]:
+    """A checkout with this set-up script and a package that needs nothing."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "setup_env.sh", tmp_path / "launch")
+    (tmp_path / "setup.cfg").write_text(METADATA)
+    (tmp_path / "backend.py").write_text(BACKEND)
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (tmp_path / "pyproject.toml").write_text(build)
+    yield tmp_path
+    shutil.rmtree(tmp_path / ".venv", ignore_errors=True)
+
+
+def set_up(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the checkout's set-up script where neither a compiler nor apt-get is on PATH, and pip has no network."""
+    tools = checkout / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("sh", "cat", "dirname", "id", "mv", "rm", "sha256sum", "tr"):
+        if not (tools / name).exists():
+            (tools / name).symlink_to(str(shutil.which(name)))
+    known = {"PATH": str(tools), "HOME": str(checkout), "PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
+    return subprocess.run(
+        [checkout / "launch" / "setup_env.sh", *arguments], env=known, capture_output=True, text=True, timeout=120
+    )
+
+
+def summary(checkout: Path) -> str:
+    """The one-line description of dtrain in the checkout's environment."""
+    program = "from importlib.metadata import metadata; print(metadata('dtrain')['Summary'])"
+    command = [str(checkout / ".venv/bin/python"), "-I", "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_set_up_is_done_once_and_again_when_setup_cfg_changes(bare_checkout: Path) -> None:
+    first = set_up(bare_checkout, "dev")
+    assert first.returncode == 0, first.stderr
+    assert "to have FFCV, install g++ pkg-config libopencv-dev libturbojpeg0-dev" in first.stderr
+    for arguments in (["dev"], []):  # `dev` has all that `make demo` needs
+        again = set_up(bare_checkout, *arguments)
+        assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+    (bare_checkout / "setup.cfg").write_text(METADATA + "Summary: another\n")
+    assert set_up(bare_checkout, "dev").returncode == 0
+    assert summary(bare_checkout) == "another"
+
+
+def test_a_set_up_that_fails_is_tried_again(bare_checkout: Path) -> None:
+    (bare_checkout / "setup.cfg").write_text(METADATA + "Requires-Dist: no-such-distribution-of-dtrain\n")
+    for _ in range(2):
+        failed = set_up(bare_checkout)
+        assert failed.returncode != 0
+        assert "no-such-distribution-of-dtrain" in failed.stderr
