@@ -1,58 +1,39 @@
-"""train(config) -> Summary: set up, then the loop. The only file that sees every room."""
+"""train(config) -> Summary: set up, then the loop. The only file that sees every room.
+
+train      who we are, the data set, the plan, the run directory; what happens to an error
+Training   one run, ready to go: `loop` on one screen, below it the verbs that the loop is made of
+"""
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dtrain import plugins, runtime
-from dtrain.config import TrainConfig, parse_seconds, read_config
-from dtrain.data.augment import Augmentation
-from dtrain.data.beton import Beton, prepare
-from dtrain.data.loader import Loader, Request, open_loader
-from dtrain.errors import DivergedError, DtrainError, Stopped, StorageError, UsageError
-from dtrain.keyed import stratified
+from dtrain.config import TrainConfig, parse_seconds
+from dtrain.data.beton import Beton
+from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.errors import DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
-from dtrain.model.evaluation import chunks_of, evaluate
-from dtrain.model.metrics import FIELDS, Sums
+from dtrain.model.evaluation import evaluate
+from dtrain.model.metrics import Sums, no_sums
 from dtrain.model.network import Network, average_of, build_module, wrap
 from dtrain.model.optimization import Packed, build_optimizer, pack, set_lr, unpack
 from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, make_plan
 from dtrain.run import checkpoint
-from dtrain.run.console import Console, counted, span
-from dtrain.run.rundir import CONFIG, Record, RunDir, environment, open_run, read_record, read_rows, versions
-from dtrain.world import Ask, World, place
-
-
-@dataclass
-class TrainState:
-    """All that a run is beside its tensors: what a checkpoint's state.json holds."""
-
-    step: int = 0  # updates done
-    samples: int = 0  # images seen by all processes together
-    tally: list[int] = field(default_factory=lambda: [0] * FIELDS)  # sums of the open log interval, over all processes
-    best: dict[str, Any] | None = None  # step, split and counts of the best evaluation so far
-    eval_due: bool = False  # an evaluation was left for a stop; the resume does it first
-    reached: bool = False  # --stop-at-accuracy was met
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"train": 0.0, "eval": 0.0, "save": 0.0, "wait": 0.0, "start-up": 0.0}
-    )
-
-    def advance(self, batch_size: int) -> None:
-        """One update is done."""
-        self.step += 1
-        self.samples += batch_size
+from dtrain.run.console import Console, counted, shown, span
+from dtrain.run.recorder import Recorder, open_recorder, resolved_before
+from dtrain.run.state import Stopwatch, TrainState
+from dtrain.world import Ask, Place, World, place
 
 
 @dataclass(frozen=True)
@@ -73,145 +54,48 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
     Under torchrun every process calls it. stop_after: stop, save and raise Stopped once this many updates are done, as
     a signal then would. Raises DtrainError for all that dtrain can explain; Stopped after a save that was asked for.
     """
-    at = place()
-    world = World(at, config.dist_timeout)
-    console = Console(at.is_main)
-    try:
-        return _train(config, world, console, list(command), stop_after)
-    except Exception as error:
-        raise _told_once(world, error) from error.__cause__
-    finally:
-        console.stop()
-
-
-def _told_once(world: World, error: Exception) -> Exception:
-    first = world.first_to_tell()
-    explained = error if isinstance(error, DtrainError) else world.explain(error) or error
-    setattr(explained, "told_elsewhere", not first)  # noqa: B010 - read by __main__, where errors are printed
-    return explained
-
-
-def _train(config: TrainConfig, world: World, console: Console, command: list[str], stop_after: int | None) -> Summary:
     started, at = time.monotonic(), place()
-    plugins.find("architecture", config.arch)  # a wrong name is told before anything is downloaded or converted
-    plugins.find("optimizer", config.opt)
-    kept = _kept(config, at.size)
-    machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
-    runtime.apply(machine, deterministic=config.deterministic)
-    if at.size > 1:
-        world.join(at, machine.backend)
-    betons = console.converting(prepare(config.dataset, config.data_dir, config.cache_dir, timeout_seconds=3600))
-    world.same(betons["train"].sha256 + betons["test"].sha256, f"data set {config.dataset}")
-    splits = _splits(config, betons)
-    plan = make_plan(config, train_size=len(splits.train), world_size=world.size)
-    opened: list[_Run] = []  # stays empty on the other ranks, which learn only whether it went well
-    world.from_main(lambda: opened.append(_open(config, machine, plan, command)))
-    run = opened[0] if opened else None
-    try:
-        with contextlib.ExitStack() as stack:
-            job = _Job(config, world, console, machine, plan, betons, splits, run, stop_after)
-            stack.callback(job.close)
-            job.state.seconds["start-up"] += time.monotonic() - started
-            summary = job.run_loop()
+    world, console = World(at, config.dist_timeout), Console(at.is_main)
+    with ExitStack() as opened:  # what has to be closed, last opened first: readers, the run directory, the bar
+        opened.callback(console.stop)
+        recorder = None
+        try:
+            machine = _join(config, world, at)
+            dataset = console.converting(load_dataset(config))
+            world.same(dataset.digest, f"data set {config.dataset}")
+            plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
+            resolved = {**asdict(machine), "world_size": world.size}
+            recorder = world.main_first(
+                lambda main: open_recorder(config, main=main, command=command, resolved=resolved)
+            )
+            opened.callback(recorder.close)
+            run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
+            run.state.seconds["start-up"] += time.monotonic() - started
+            summary = run.loop()
             world.leave()
             return summary
-    except BaseException as error:
-        if isinstance(error, Stopped):
+        except Stopped:
             world.leave()
-        elif run is not None:
-            code = error.exit_code if isinstance(error, DtrainError) else 1
-            with contextlib.suppress(StorageError):  # the error itself matters more than its record
-                run.update(status="failed", exit_code=code, reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        if run is not None:
-            run.folder.close()
+            raise
+        except Exception as error:
+            explained = world.explained(error)
+            if recorder is not None:
+                recorder.failed(explained)
+            raise explained from (error if explained is not error else error.__cause__)
 
 
-# -- set-up ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Splits:
-    train: npt.NDArray[np.int64]
-    evaluation: npt.NDArray[np.int64]
-    name: str  # "test", or "val" for a part of the training set
-
-
-def _splits(config: TrainConfig, betons: dict[str, Beton]) -> _Splits:
-    labels = betons["train"].labels
-    if config.val_split is None:
-        return _Splits(np.arange(len(labels)), np.arange(len(betons["test"].labels)), "test")
-    held = stratified(labels, config.val_split, config.seed)
-    return _Splits(np.flatnonzero(~held), np.flatnonzero(held), "val")
-
-
-def _run_path(config: TrainConfig) -> Path:
-    if config.resume not in ("auto", "none"):
-        given = Path(config.resume)
-        return given.parent.parent if given.parent.name == "checkpoints" else given
-    return config.output or Path("runs") / config.run_name()
-
-
-def _kept(config: TrainConfig, world_size: int) -> dict[str, object] | None:
-    """What `auto` became when this run began, if it goes on with as many processes: a resume keeps it."""
-    if config.resume == "none":
-        return None
-    record = read_record(_run_path(config))
-    if record is None or record.resolved.get("world_size") != world_size:
-        return None
-    return dict(record.resolved)
-
-
-@dataclass
-class _Run:
-    """The run directory and its record, on rank 0."""
-
-    folder: RunDir
-    record: Record
-
-    def update(self, **changed: Any) -> None:
-        """Change the record and write it."""
-        self.record = replace(self.record, **changed)
-        self.folder.write_record(self.record)
-
-    def event(self, name: str, step: int, **facts: Any) -> None:
-        """An event row: start, resume, save, stop, finish."""
-        self.folder.append({"kind": "event", "event": name, "step": step, **facts, "clock": {"time": time.time()}})
-
-
-def _open(config: TrainConfig, machine: runtime.Runtime, plan: Plan, command: list[str]) -> _Run:
-    path = _run_path(config)
-    if config.resume not in ("auto", "none") and read_record(path) is None:
-        raise UsageError(f"--resume {config.resume}: no run is there; give a run directory, auto or none")
-    folder = open_run(path, path.parent, path.name, fresh=config.resume == "none")
-    before = read_record(folder.path)
-    if before is not None:
-        _refuse_other_settings(folder, config)
-    folder.write_config(config.settings())
-    found = (plugins.find("architecture", config.arch), plugins.find("optimizer", config.opt))
-    record = Record(
-        status="running",
-        step=before.step if before else 0,
-        last_checkpoint=before.last_checkpoint if before else None,
-        command=command,
-        environment=environment(),
-        versions=versions(),
-        resolved={**asdict(machine), "world_size": plan.world_size},
-        plugins={plugin.kind: f"{plugin.distribution} {plugin.version}" for plugin in found},
-    )
-    run = _Run(folder, record)
-    run.update()
-    return run
-
-
-def _refuse_other_settings(folder: RunDir, config: TrainConfig) -> None:
-    was, asked = TrainConfig.stored(read_config(folder.path / CONFIG)).results(), config.results()
-    names = sorted(name for name in {*was, *asked} if was.get(name) != asked.get(name))
-    if names:
-        folder.close()
-        told = "; ".join(f"{name}: was {was.get(name)}, asked {asked.get(name)}" for name in names)
-        raise UsageError(f"{folder.path} holds a run with other settings ({told}); give another --output")
+def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
+    """Decide what to compute with, meet the others, and agree with them: rank 0's precision is everybody's."""
+    plugins.find("architecture", config.arch)  # a wrong name is told before anything is downloaded or converted
+    plugins.find("optimizer", config.opt)
+    asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
+    if at.size > 1:
+        world.join(at, asked.backend)
+    kept = world.from_main(lambda: resolved_before(config, at.size))
+    machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
+    machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
+    runtime.apply(machine, deterministic=config.deterministic)
+    return machine
 
 
 class _Clock:
@@ -238,8 +122,8 @@ class _Clock:
         return Ask(save=save, stop=stop)
 
 
-class _Job:
-    """One run, set up: what the loop works on."""
+class Training:
+    """One run, set up, and where it stands. opened: takes what has to be closed."""
 
     def __init__(
         self,
@@ -248,191 +132,111 @@ class _Job:
         console: Console,
         machine: runtime.Runtime,
         plan: Plan,
-        betons: dict[str, Beton],
-        splits: _Splits,
-        run: _Run | None,
+        dataset: DataSet,
+        recorder: Recorder,
+        opened: ExitStack,
         stop_after: int | None,
     ) -> None:
-        self.config, self.world, self.console, self.plan, self.run = config, world, console, plan, run
-        self.splits, self.class_names = splits, betons["train"].class_names
-        self.channels, self.image_size = betons["train"].channels, betons["train"].image_size
+        self.config, self.world, self.console, self.plan, self.recorder = config, world, console, plan, recorder
+        self.beton, self.split = dataset.train, dataset.evaluation_split
         for line in (*machine.why, *plan.lines(config.lr)):
             console.line(line)
-        self.state = TrainState()
-        self.network = self._network(machine, betons["train"])
+        self.network = self._network(machine, dataset.train)
         self.optimizer = build_optimizer(config, self.network.module)
         self.scaler = torch.amp.GradScaler(self.network.device.type, enabled=self.network.dtype == torch.float16)
         self.ema = average_of(self.network.module, config.ema)
         self.options = StepOptions(plan.micro_batch, config.smoothing, config.clip_grad)
-        self._resume()
+        parameters = sum(p.numel() for p in self.network.module.parameters())
+        self.tally = no_sums(self.network.device)  # of this process since it was last read; the rest is in the state
+        at = (self.network.dtype, self.network.device)
+        self.loader = dataset.train_loader(config, plan, world.rank, *at)
+        opened.callback(self.loader.close)
+        self.chunks = dataset.chunks(config, world.rank, world.size, *at)
+        opened.callback(self.chunks.loader.close)
+        console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.kind} reader")
+        console.line(f"run directory {shown(recorder.path)}")
+        self.state = self._resumed()
         self.clock = _Clock(config, plan, self.state, stop_after)
-        self.loader = self._train_loader(betons["train"])
-        self.requests = chunks_of(splits.evaluation, config.eval_batch_size, world)
-        self.eval_loader = self._eval_loader(betons["train" if splits.name == "val" else "test"], betons["train"])
-        console.line(f"reader {self.loader.kind}; run {run.folder.path if run else ''}")
-
-    def _network(self, machine: runtime.Runtime, beton: Beton) -> Network:
-        config, size, classes = self.config, beton.image_size, len(self.class_names)
-        module = build_module(config, num_classes=classes, in_channels=beton.channels, image_size=size)
-        noise = rehearsal.noise(config.seed, (2, beton.channels, size, size), torch.float32)
-        rehearsal.first_output(module, noise, config.arch, classes)
-        moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
-        network = wrap(module, config, machine, self.world, moving_buffers=moving)
-        if config.compile:  # compiled for one shape: rehearse with the one that trains
-            noise = noise.repeat(self.plan.micro_batch // 2 + 1, 1, 1, 1)[: self.plan.micro_batch]
-        images = noise.to(network.device, machine.dtype(), memory_format=torch.channels_last)
-        rehearsal.rehearse(network, images, config.arch, classes, self.world)
-        return network
-
-    def _resume(self) -> None:
-        """Go on from the newest sound checkpoint: rank 0 finds and reads it, the others get its bytes."""
-        found: list[str] = []
-
-        def read() -> checkpoint.Checkpoint | None:
-            if self.run is None or self.config.resume == "none":
-                return None
-            newest = checkpoint.newest(self.run.folder.checkpoints)
-            found.extend(f"{path}: {reason}" for path, reason in newest.damaged)
-            return checkpoint.load(newest.path) if newest.path is not None else None
-
-        saved = self.world.from_main(read)
-        for line in found:
-            self.console.warn(f"damaged checkpoint set aside: {line}")
-        if saved is None:
-            self._main(lambda run: run.event("start", 0))
-            return
-        started = time.monotonic()
-        extra: dict[str, Any] = dict(saved.state)
-        packed = Packed(saved.parts.get("optimizer", {}), extra.pop("optimizer"))
-        scaler, average_count = extra.pop("scaler"), extra.pop("ema_updates")
-        self.network.load(saved.parts["network"])
-        unpack(self.optimizer, self.network.module, packed)
-        self.scaler.load_state_dict(scaler)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved.parts["ema"])
-            self.ema.n_averaged.fill_(average_count)
-        self.state = TrainState(**extra)
-        self._main(lambda run: run.folder.cut_back(self.state.step))
-        self._main(lambda run: run.event("resume", self.state.step))
-        self.console.line(f"resumed at step {self.state.step} in {time.monotonic() - started:.1f} s")
-
-    def _train_loader(self, beton: Beton) -> Loader:
-        config, samples = self.config, self.splits.train
-
-        def request_at(step: int) -> Request | None:
-            if step >= self.plan.total_steps:
-                return None
-            return Request(samples[self.plan.share_of(step, self.world.rank)], self.plan.epoch_at(step))
-
-        augmentation = Augmentation(config.seed, config.flip, config.shift, config.cutout)
-        return self._open_loader(beton, beton, request_at, augmentation, self.plan.share)
-
-    def _eval_loader(self, beton: Beton, train: Beton) -> Loader:
-        return self._open_loader(beton, train, self.requests[1], None, self.config.eval_batch_size)
-
-    def _open_loader(
-        self, beton: Beton, train: Beton, request_at: Any, augmentation: Augmentation | None, largest: int
-    ) -> Loader:
-        return open_loader(
-            beton,
-            request_at,
-            kind=self.config.loader,
-            augmentation=augmentation,
-            mean=self.config.mean or train.mean,
-            std=self.config.std or train.std,
-            dtype=self.network.dtype,
-            device=self.network.device,
-            largest=largest,
-        )
-
-    def close(self) -> None:
-        """Give threads back."""
-        for loader in ("loader", "eval_loader"):
-            if hasattr(self, loader):
-                getattr(self, loader).close()
+        self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
+        self.lap_samples = self.state.samples
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run_loop(self) -> Summary:
-        """Train to the end; see the verbs below. Raises Stopped after a save that was asked for."""
+    def loop(self) -> Summary:
+        """Train to the end. Raises Stopped after a save that was asked for."""
         config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
         network, optimizer, scaler, ema = self.network, self.optimizer, self.scaler, self.ema
-        tally = torch.zeros(FIELDS, dtype=torch.int64, device=network.device)
         self.console.start(plan.total_steps, state.step)
-        self.interval = _Interval(self.loader)
         with world.listening():
             world.post(clock)
             if state.step == 0:
-                self.save(tally)  # finds a full or unwritable disk before the work
+                self.save(essential=True)  # finds a full or unwritable disk before the work
             if state.eval_due:
-                self.act(self.evaluate(Ask()), tally)
+                self.act(self.evaluate(Ask()))
             while state.step < plan.total_steps and not state.reached:
                 batch = self.loader.batch(state.step)  # a function of (seed, step); prefetched
                 set_lr(optimizer, plan.lr_factor(state.samples))
                 seed_step(config.seed, state.step, world.rank)  # torch, numpy, random: dropout and the like
-                tally += train_step(network, optimizer, scaler, ema, batch, self.options)  # nothing is read here
+                self.tally += train_step(network, optimizer, scaler, ema, batch, self.options)  # nothing is read here
                 state.advance(plan.batch_size_at(state.step))
                 ask = world.agreed(clock)  # signals and rank 0's clock: posted a step ago, read now
                 if plan.logs_at(state.step):
-                    self.log(tally)  # the only host sync
-                if plan.evaluates_at(state.step) and not ask.stop:
+                    self.log()  # the only host sync
+                if plan.evaluates_at(state.step):
                     ask = self.evaluate(ask)
-                elif plan.evaluates_at(state.step):
-                    state.eval_due = True
-                self.act(ask, tally)
-        return self.finish(tally)
+                self.act(ask)
+        return self.finish()
 
-    def act(self, ask: Ask, tally: Tensor) -> None:
+    def act(self, ask: Ask) -> None:
         """Save if it is due or asked for; raise Stopped if all have agreed to stop."""
-        finished = self.state.step == self.plan.total_steps or self.state.reached
-        if ask.save or ask.stop or self.plan.saves_at(self.state.step) or finished:
-            self.save(tally, last=ask.stop or finished)
-        if ask.stop and not (finished and not self.state.eval_due):
+        state = self.state
+        over = state.step == self.plan.total_steps or state.reached
+        if ask.save or ask.stop or over or self.plan.saves_at(state.step):
+            self.save(essential=ask.stop or over)
+        if ask.stop and (not over or state.eval_due):
             reason = self.clock.reason or self.world.stop_reason or "a signal to another process"
-            self._main(lambda run: run.event("stop", self.state.step, reason=reason))
-            self._main(lambda run: run.update(status="stopped", step=self.state.step, exit_code=75, reason=reason))
-            raise Stopped(f"stopped at step {self.state.step} by {reason}, saved; run the same command to go on")
+            self.recorder.event("stop", state.step, reason=reason)
+            self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
+            self.console.stop()
+            self.console.table("stopped", [*self._seconds(), ("to go on", "run the same command again")])
+            raise Stopped(f"stopped at step {state.step} by {reason}, saved; run the same command again to go on")
 
-    def log(self, tally: Tensor) -> None:
+    def log(self) -> None:
         """Close the log interval: read the sums, write and show a row, begin the next. Collective, a host sync."""
-        sums = self.take(tally)
-        self.state.tally = [0] * FIELDS
-        train_seconds, waited = self.interval.close(self.state)
-        rate = self.plan.lr_factor(self.state.samples - self.plan.batch_size) * self.config.lr
-        speed = self.interval.images / max(train_seconds, 1e-9)
-        self.interval.images = 0
+        plan, state = self.plan, self.state
+        sums = self.take()
+        state.tally = None
+        seconds, waited = self.watch.lap()
+        images_per_second = (state.samples - self.lap_samples) / max(seconds, 1e-9)
+        self.lap_samples = state.samples
         row = {
             "kind": "train",
-            "step": self.state.step,
-            "epoch": self.state.step / self.plan.steps_per_epoch,
-            "samples": self.state.samples,
+            "step": state.step,
+            "epoch": state.step / plan.steps_per_epoch,
+            "samples": state.samples,
             "loss": sums.loss,
             "top1_fraction": sums.top1_fraction,
-            "lr": rate,
+            "lr": self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
             "images_in_interval": sums.images,
             "clock": {
-                "images_per_second": speed,
-                "data_wait_fraction": waited / max(train_seconds, 1e-9),
-                "train_seconds": self.state.seconds["train"],
+                "images_per_second": images_per_second,
+                "data_wait_fraction": waited / max(seconds, 1e-9),
+                "train_seconds": state.seconds["train"],
                 "cpu_seconds": time.process_time(),
-                "left_seconds": (self.plan.total_samples - self.state.samples) / max(speed, 1e-9),
+                "left_seconds": (plan.total_samples - state.samples) / max(images_per_second, 1e-9),
                 "time": time.time(),
             },
         }
-        self._main(lambda run: run.folder.append(row))
-        self.console.train(row, self.plan.total_steps / self.plan.steps_per_epoch, self.plan.total_steps)
+        self.recorder.row(row)
+        self.console.train(row, plan.total_steps / plan.steps_per_epoch, plan.total_steps)
 
-    def take(self, tally: Tensor) -> Sums:
-        """The sums of the open interval over all processes, kept in the state; the device's begin anew.
+    def take(self) -> Sums:
+        """The sums of the open log interval over all processes, kept in the state; the device's begin anew.
 
-        Raises DivergedError on every process if a loss was not finite.
+        Raises DivergedError on every process if a loss was not finite. Collective, a host sync.
         """
-        total = self.world.total(tally)
-        tally.zero_()
-        before = sum(self.state.tally[:1])
-        self.state.tally = [a + b for a, b in zip(self.state.tally, total, strict=True)]
-        self.interval.images += self.state.tally[0] - before
-        sums = Sums.of(self.state.tally)
+        sums = Sums.of(self.state.add(self.world.total(self.tally)))
+        self.tally.zero_()
         if sums.nonfinite:
             raise DivergedError(
                 f"{sums.nonfinite} losses were not finite in the steps up to {self.state.step}; lower --lr, add "
@@ -440,19 +244,23 @@ class _Job:
             )
         return sums
 
-    def evaluate(self, before: Ask) -> Ask:
-        """Evaluate raw and EMA weights, write and show the rows; what was agreed meanwhile is added to `before`."""
-        self.interval.close(self.state)
-        modules: dict[str, nn.Module] = {"raw": self.network.module}
+    def evaluate(self, asked: Ask) -> Ask:
+        """Evaluate raw and EMA weights, write and show the rows; what is agreed meanwhile is added to `asked`.
+
+        Asked to stop, it leaves the evaluation for the resume. Collective.
+        """
+        state, modules = self.state, {"raw": self.network.module}
         if self.ema is not None:
             modules["ema"] = self.ema.module
-        with _timed(self.state.seconds, "eval"):
-            results, ask = evaluate(self.network, modules, self.eval_loader, self.requests, self.world, self.clock)
-        self.state.eval_due = results is None
+        state.eval_due = True
+        if asked.stop:
+            return asked
+        with self.watch.away("eval"):
+            results, ask = evaluate(self.network, modules, self.chunks, self.world, self.clock)
+        state.eval_due = results is None
         for weights, sums in (results or {}).items():
             self._record_evaluation(weights, sums)
-        self.interval.start()
-        return Ask(save=ask.save or before.save, stop=ask.stop or before.stop)
+        return Ask(save=ask.save or asked.save, stop=ask.stop)
 
     def _record_evaluation(self, weights: str, sums: Sums) -> None:
         state = self.state
@@ -461,7 +269,7 @@ class _Job:
             "step": state.step,
             "epoch": state.step / self.plan.steps_per_epoch,
             "samples": state.samples,
-            "split": self.splits.name,
+            "split": self.split,
             "weights": weights,
             "hits": sums.hits,
             "hits5": sums.hits5,
@@ -470,121 +278,133 @@ class _Job:
             "clock": {"eval_seconds": state.seconds["eval"], "time": time.time()},
         }
         if state.best is None or sums.hits > state.best["hits"]:
-            state.best = {k: row[k] for k in ("step", "split", "weights", "hits", "images")}
+            state.best = {key: row[key] for key in ("step", "split", "weights", "hits", "images")}
         if self.config.stop_at_accuracy is not None and sums.top1_fraction >= self.config.stop_at_accuracy:
             state.reached = True
-        self._main(lambda run: run.folder.append(row))
+        self.recorder.row(row)
         self.console.evaluation(row)
 
-    def save(self, tally: Tensor, *, last: bool = False) -> None:
-        """Write the checkpoint of this step. A failure is told and tried again at the next, but for the last one."""
-        self.interval.close(self.state)
-        with _timed(self.state.seconds, "save"):
-            self.take(tally)
-            essential = last or self.state.step == 0
+    def save(self, *, essential: bool) -> None:
+        """Write the checkpoint of this step. Collective.
+
+        A failure is told and tried again at the next point, unless the save is `essential`: the first and the last.
+        """
+        with self.watch.away("save"):
+            self.take()
             if essential:
                 self.world.from_main(self._write)
-            elif self.run is not None:
+            else:
                 try:
                     self._write()
                 except StorageError as error:
                     self.console.warn(f"not saved: {error}; the older checkpoints stay, the next point tries again")
         self.clock.saved()
-        self.interval.start()
 
     def _write(self) -> None:
-        if self.run is None:
+        folder, state = self.recorder.folder, self.state
+        if folder is None:
             return
         packed = pack(self.optimizer, self.network.module)
         parts: dict[str, dict[str, Tensor]] = {"network": self.network.tensors(), "optimizer": packed.tensors}
         if self.ema is not None:
             parts["ema"] = dict(self.ema.module.state_dict())
-        state: dict[str, Any] = {
-            **asdict(self.state),
+        counts: dict[str, Any] = {
+            **asdict(state),
             "optimizer": packed.scalars,
             "scaler": self.scaler.state_dict(),
             "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
         }
         about: dict[str, Any] = {
             "config": self.config.settings(),
-            "class_names": list(self.class_names),
-            "channels": self.channels,
-            "image_size": self.image_size,
+            "class_names": list(self.beton.class_names),
+            "channels": self.beton.channels,
+            "image_size": self.beton.image_size,
             "train_size": self.plan.train_size,
-            "plugins": dict(self.run.record.plugins),
+            "plugins": dict(self.recorder.record.plugins),
         }
-        self.run.folder.sync()
-        path = checkpoint.save(self.run.folder.checkpoints, self.state.step, parts, state, about)
-        best = self.state.best["step"] if self.state.best else None
-        checkpoint.prune(self.run.folder.checkpoints, keep=self.config.keep, best=best)
-        self.run.event("save", self.state.step)
-        self.run.update(step=self.state.step, last_checkpoint=path.name)
+        folder.sync()
+        path = checkpoint.save(folder.checkpoints, state.step, parts, counts, about)
+        checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best["step"] if state.best else None)
+        self.recorder.event("save", state.step)
+        self.recorder.update(step=state.step, last_checkpoint=path.name)
 
-    def finish(self, tally: Tensor) -> Summary:
+    def finish(self) -> Summary:
         """Mark the run finished and show its table."""
-        evaluations: dict[str, dict[str, Any]] = {}
-        if self.run is not None:
-            evaluations = {r["weights"]: r for r in read_rows(self.run.folder.path) if r["kind"] == "eval"}
-            self.run.event("finish", self.state.step)
-            self.run.update(status="finished", step=self.state.step, exit_code=0, reason=None)
-        path = self.run.folder.path if self.run is not None else _run_path(self.config)
-        summary = Summary(path, "finished", self.state.step, evaluations, self.state.best, self.state.seconds)
+        state, recorder = self.state, self.recorder
+        evaluations = {row["weights"]: row for row in recorder.rows() if row["kind"] == "eval"}
+        recorder.event("finish", state.step)
+        recorder.update(status="finished", step=state.step, exit_code=0, reason=None)
         self.console.stop()
-        self.console.table("finished", _summary_rows(summary))
-        return summary
+        accuracies = [
+            (f"{row['split']} accuracy, {weights} weights", f"{counted(row['hits'], row['images'])}")
+            for weights, row in evaluations.items()
+        ]
+        best = []
+        if state.best is not None and state.best["step"] != state.step:
+            note = ", picked on the test split: no fair figure" if state.best["split"] == "test" else ""
+            figure = counted(state.best["hits"], state.best["images"])
+            best = [(f"best, at step {state.best['step']}{note}", figure)]
+        look = ("look at it", f"dtrain eval {shlex.quote(shown(recorder.path))}")
+        self.console.table("finished", [*accuracies, *best, *self._seconds(), look])
+        return Summary(recorder.path, "finished", state.step, evaluations, state.best, state.seconds)
 
-    def _main(self, work: Any) -> None:
-        if self.run is not None:
-            work(self.run)
+    def _seconds(self) -> list[tuple[str, str]]:
+        times = ", ".join(f"{kind} {span(value)}" for kind, value in self.state.seconds.items())
+        return [("time", times), ("run directory", shown(self.recorder.path))]
 
+    # -- set-up --------------------------------------------------------------------------------------------------------
 
-class _Interval:
-    """Training seconds and the wait for data since the last stop of the clock, without evaluations and saves."""
+    def _network(self, machine: runtime.Runtime, beton: Beton) -> Network:
+        """The network, rehearsed: what is wrong with it is told now."""
+        config, size, classes = self.config, beton.image_size, len(beton.class_names)
+        module = build_module(config, num_classes=classes, in_channels=beton.channels, image_size=size)
+        noise = rehearsal.noise(config.seed, (2, beton.channels, size, size), torch.float32)
+        rehearsal.first_output(module, noise, config.arch, classes)
+        moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
+        if moving:
+            self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
+        network = wrap(module, config, machine, self.world, moving_buffers=moving)
+        if config.compile:  # compiled for one shape: rehearse with the one that trains
+            noise = noise.repeat(self.plan.micro_batch // 2 + 1, 1, 1, 1)[: self.plan.micro_batch]
+        images = noise.to(network.device, machine.dtype(), memory_format=torch.channels_last)
+        rehearsal.rehearse(network, images, config.arch, classes, self.world)
+        return network
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._seconds = self._waited = 0.0
-        self.images = 0
-        self.start()
+    def _resumed(self) -> TrainState:
+        """Go on from the newest sound checkpoint: rank 0 finds and reads it, the others get its bytes. Collective."""
+        started, found = time.monotonic(), checkpoint.Found(None, 0, [])
 
-    def start(self) -> None:
-        """Run on."""
-        self._begun, self._wait_begun = time.monotonic(), self._loader.wait_seconds
-        self._open = True
+        def read() -> checkpoint.Checkpoint | None:
+            nonlocal found
+            if self.recorder.folder is None or self.config.resume == "none":
+                return None
+            asked = Path(self.config.resume)
+            if asked.parent.name == checkpoint.FOLDER:
+                checkpoint.undo_after(asked)
+            found = checkpoint.newest(self.recorder.folder.checkpoints)
+            return checkpoint.load(found.path) if found.path is not None else None
 
-    def close(self, state: TrainState) -> tuple[float, float]:
-        """Stop, and add what ran to the state; returns train and wait seconds since the last log. Runs on."""
-        now, waited = time.monotonic(), self._loader.wait_seconds
-        train, wait = now - self._begun, waited - self._wait_begun
-        state.seconds["train"] += train
-        state.seconds["wait"] += wait
-        self._begun, self._wait_begun = now, waited
-        return train, wait
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[kind] += time.monotonic() - started
-
-
-def _summary_rows(summary: Summary) -> list[tuple[str, str]]:
-    rows = []
-    for weights, row in summary.evaluations.items():
-        name = f"{row['split']} accuracy" + ("" if weights == "raw" else f" ({weights} weights)")
-        rows.append((name, f"{counted(row['hits'], row['images'])} at step {row['step']}"))
-    if summary.best is not None and summary.best["step"] != summary.step:
-        note = " (picked on the test split: not a fair figure)" if summary.best["split"] == "test" else ""
-        rows.append(
-            ("best", f"{counted(summary.best['hits'], summary.best['images'])} at step {summary.best['step']}{note}")
-        )
-    rows.append(("seconds", ", ".join(f"{kind} {span(value)}" for kind, value in summary.seconds.items())))
-    rows.append(("run directory", str(summary.run)))
-    rows.append(("look at it", f"dtrain eval {shlex.quote(str(summary.run))}"))
-    return rows
+        saved = self.world.from_main(read)
+        for path, reason in found.damaged:
+            self.console.warn(f"damaged checkpoint set aside: {shown(path)}: {reason}")
+        if saved is None:
+            self.recorder.event("start", 0)
+            return TrainState()
+        counts: dict[str, Any] = dict(saved.state)
+        packed = Packed(saved.parts.get("optimizer", {}), counts.pop("optimizer"))
+        scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")
+        state = TrainState(**counts)
+        self.network.load(saved.parts["network"])
+        unpack(self.optimizer, self.network.module, packed)
+        self.scaler.load_state_dict(scaler)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved.parts["ema"])
+            self.ema.n_averaged.fill_(ema_updates)
+        if self.recorder.folder is not None:
+            self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)
+        self.recorder.event("resume", state.step)
+        self.console.line(f"goes on at step {state.step}, read in {time.monotonic() - started:.1f} s")
+        return state
 
 
 def load_network(run: Path | str, step: int | None = None) -> nn.Module:
@@ -592,7 +412,7 @@ def load_network(run: Path | str, step: int | None = None) -> nn.Module:
 
     Raises StorageError where there is none that is sound.
     """
-    checkpoints = Path(run) / "checkpoints"
+    checkpoints = Path(run) / checkpoint.FOLDER
     found = checkpoint.find(checkpoints).path if step is None else checkpoints / checkpoint.name_of(step)
     if found is None:
         raise StorageError(f"{run}: no sound checkpoint is there")
@@ -603,6 +423,3 @@ def load_network(run: Path | str, step: int | None = None) -> nn.Module:
     module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
     module.load_state_dict(saved.parts["network"])
     return module.eval()
-
-
-__all__ = ["Summary", "TrainState", "load_network", "train"]

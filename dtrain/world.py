@@ -216,6 +216,12 @@ class World:
         result: T = box[0]
         return result
 
+    def main_first(self, work: Callable[[bool], T]) -> T:
+        """`work(True)` on rank 0; where that went well `work(False)` on the others. Its DtrainError is everybody's."""
+        mine: list[T] = []
+        self.from_main(lambda: mine.append(work(True)))
+        return mine[0] if mine else work(False)
+
     def same(self, value: str, what: str) -> None:
         """Raise ProcessError on every rank unless all gave the same `value`. Collective; no cost per rank on rank 0."""
         if self._control is None:
@@ -241,24 +247,58 @@ class World:
 
     # -- when something goes wrong ---------------------------------------------------------------------------------
 
-    def explain(self, error: Exception) -> DtrainError | None:
-        """A failed collective as a ProcessError that names who fell silent; None if `error` is something else.
+    def explained(self, error: Exception) -> Exception:
+        """The error that ends the run, told by one process: `told_elsewhere` is set on the others'.
 
-        Waits two beats to see who still moves.
+        A process that fails by itself is the first to tell. One whose collective failed gives that error of the other
+        again, so that all end with one reason and one exit code; if nobody told any, it waits two beats to see who
+        still moves, and names who fell silent.
         """
-        text = str(error).lower()
-        if self._store is None or not any(word in text for word in ("gloo", "nccl", "connection", "timed out", "recv")):
+        if self._store is None:
+            setattr(error, "told_elsewhere", not self.is_main)  # noqa: B010 - read by __main__, which prints
+            return error
+        cause = error
+        if _is_of_a_collective(error):
+            cause = self._told_by_another() or self._silent()
+        setattr(cause, "told_elsewhere", not self._tell(cause))  # noqa: B010
+        return cause
+
+    def _tell(self, error: Exception) -> bool:
+        """Whether this process is the first to tell; if so, its error is left in the store for the others."""
+        try:
+            if int(self._store.add("told", 1)) != 1:
+                return False
+            code = error.exit_code if isinstance(error, DtrainError) else 1
+            self._store.set("error", f"{code} {type(error).__name__}: {error}")
+        except RuntimeError:  # the store is gone, with process 0
+            return not isinstance(error, DtrainError)
+        return True
+
+    def _told_by_another(self) -> DtrainError | None:
+        deadline = time.monotonic() + 2 * BEAT_SECONDS
+        try:
+            while not self._store.check(["error"]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
+            code, _, line = self._store.get("error").decode().partition(" ")
+        except RuntimeError:
             return None
+        error = ProcessError(line)
+        setattr(error, "exit_code", int(code))  # noqa: B010 - of this instance: the other's own
+        return error
+
+    def _silent(self) -> ProcessError:
         try:
             before = self._beats()
             time.sleep(2.5 * BEAT_SECONDS)
             after = self._beats()
         except RuntimeError:
-            return ProcessError("process 0, which keeps the store, went away; see its own error, then run again")
+            return ProcessError("process 0, which keeps the store, went away; run the same command again to go on")
         silent = [rank for rank in range(self.size) if after[rank] == before[rank]]
         slowest = min(count for count, _ in after)
         names = silent or [rank for rank, (count, _) in enumerate(after) if count == slowest]
-        listed = ", ".join(f"{rank} (last seen at its step {after[rank][0]})" for rank in names[:8])
+        listed = ", ".join(f"{rank} (last seen after {after[rank][0]} steps here)" for rank in names[:8])
         return ProcessError(
             f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
             "run the same command again to go on from the last checkpoint"
@@ -270,15 +310,6 @@ class World:
             count, tick = self._store.get(f"beat/{rank}").decode().split()
             beats.append((int(count), int(tick)))
         return beats
-
-    def first_to_tell(self) -> bool:
-        """Whether no other process has told its error yet: an error is told once, by the process that had it first."""
-        if self._store is None:
-            return self.is_main
-        try:
-            return int(self._store.add("told", 1)) == 1
-        except RuntimeError:
-            return True
 
 
 class _Beat:
@@ -306,6 +337,13 @@ class _Beat:
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
+
+
+def _is_of_a_collective(error: Exception) -> bool:
+    """Whether torch.distributed failed: it raises RuntimeErrors (DistError and its kin) of many words."""
+    text = str(error).lower()
+    words = ("gloo", "nccl", "connection", "timed out", "socket", "peer")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def _first_line(error: Exception) -> str:

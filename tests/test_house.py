@@ -36,10 +36,16 @@ STOREYS = (
 # that it does not name may import any; circles are refused in any case.
 INSIDE = (
     (
+        ("dtrain.data.dataset",),
         ("dtrain.data.loader",),
         ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.augment"),
         ("dtrain.data.beton",),
         ("dtrain.data.sources",),
+    ),
+    (
+        ("dtrain.run.recorder",),
+        ("dtrain.run.rundir",),
+        ("dtrain.run.checkpoint",),
     ),
     (
         ("dtrain.model.evaluation", "dtrain.model.rehearsal"),

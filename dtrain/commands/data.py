@@ -13,7 +13,7 @@ from dtrain.data.beton import Beton, Progress, open_beton, prepare, verify_beton
 
 def convert(dataset: str, data_dir: Path, cache_dir: Path | None) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
-    return prepare(dataset, data_dir, cache_dir, timeout_seconds=3600)
+    return prepare(dataset, data_dir, cache_dir)
 
 
 def inspect(path: Path) -> dict[str, Any]:

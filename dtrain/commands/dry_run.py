@@ -6,8 +6,7 @@ import torch
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
-from dtrain.data.beton import prepare
-from dtrain.keyed import stratified
+from dtrain.data.dataset import load_dataset
 from dtrain.model.network import build_module
 from dtrain.model.optimization import build_optimizer
 from dtrain.model.rehearsal import first_output, noise
@@ -22,12 +21,9 @@ def dry_run(config: TrainConfig) -> None:
     """Print plan, shapes, parameters, memory and first rates. Converts the data set if it must; trains nothing."""
     at, console = place(), Console(place().is_main)
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
-    train = console.converting(prepare(config.dataset, config.data_dir, config.cache_dir, timeout_seconds=3600))[
-        "train"
-    ]
-    labels = train.labels
-    size = len(labels) if config.val_split is None else int((~stratified(labels, config.val_split, config.seed)).sum())
-    plan = make_plan(config, train_size=size, world_size=at.size)
+    dataset = console.converting(load_dataset(config))
+    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=at.size)
+    train = dataset.train
     classes = len(train.class_names)
     module = build_module(config, num_classes=classes, in_channels=train.channels, image_size=train.image_size)
     images = noise(config.seed, (2, train.channels, train.image_size, train.image_size), torch.float32)

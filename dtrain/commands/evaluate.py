@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
-from dtrain.data.beton import prepare
-from dtrain.data.loader import open_loader
-from dtrain.errors import StorageError, UsageError
-from dtrain.keyed import stratified
-from dtrain.model.evaluation import chunks_of
+from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.errors import DataError, StorageError, UsageError
+from dtrain.model.metrics import Sums, no_sums
 from dtrain.model.network import build_module, wrap
-from dtrain.model.step import loss_of
+from dtrain.model.step import eval_step
 from dtrain.run import checkpoint
 from dtrain.run.console import Console, counted
+from dtrain.run.rundir import read_record, read_rows
 from dtrain.world import Place, World
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """The folder of the checkpoint that `which` means: last, best or a step. Raises StorageError, UsageError."""
-    folder = run / "checkpoints"
+    folder = run / checkpoint.FOLDER
     newest = checkpoint.find(folder).path
     if newest is None:
         raise StorageError(f"{run}: no sound checkpoint is there; give a run directory")
     if which == "last":
         return newest
-    if which == "best":
-        best = checkpoint.load(newest).state["best"]
-        if best is None:
-            raise UsageError(f"{run}: no evaluation has been made yet; use --checkpoint last")
-        return folder / checkpoint.name_of(best["step"])
-    if not which.isdigit() or int(which) not in checkpoint.listed(folder):
+    step = _best_step(run) if which == "best" else int(which) if which.isdigit() else None
+    if step not in checkpoint.listed(folder):
         steps = ", ".join(map(str, checkpoint.listed(folder)))
-        raise UsageError(f"--checkpoint {which}: give last, best or one of {steps}")
-    return folder / checkpoint.name_of(int(which))
+        raise UsageError(f"--checkpoint {which}: give last, best (if it was saved) or one of {steps}")
+    return folder / checkpoint.name_of(step)
+
+
+def _best_step(run: Path) -> int | None:
+    evaluations = [row for row in read_rows(run) if row["kind"] == "eval"]
+    return max(evaluations, key=lambda row: int(row["hits"]))["step"] if evaluations else None
 
 
 def evaluate_run(run: Path, which: str, *, loader: str) -> dict[str, Any]:
@@ -47,59 +50,50 @@ def evaluate_run(run: Path, which: str, *, loader: str) -> dict[str, Any]:
     Returns per kind of weights: hits, hits5, images, loss, and per class hits and images.
     """
     saved = checkpoint.load(find_checkpoint(run, which))
-    config, classes = TrainConfig.stored(saved.about["config"]), saved.about["class_names"]
-    machine = runtime.decide(config, local_rank=0, local_world=1)
+    config = replace(TrainConfig.stored(saved.about["config"]), loader=loader)
+    record = read_record(run)
+    kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else None
+    machine = runtime.decide(config, local_rank=0, local_world=1, kept=kept)
     runtime.apply(machine, deterministic=config.deterministic)
-    betons = Console(False).converting(
-        prepare(config.dataset, config.data_dir, config.cache_dir, timeout_seconds=config.dist_timeout)
-    )
-    split, samples = "test", np.arange(len(betons["test"].labels))
-    if config.val_split is not None:
-        split, samples = "train", np.flatnonzero(stratified(betons["train"].labels, config.val_split, config.seed))
-    beton, train, alone = betons[split], betons["train"], World(Place(), config.dist_timeout)
-    rounds, request_at = chunks_of(samples, config.eval_batch_size, alone)
+    dataset = Console(False).converting(load_dataset(config))
+    if list(dataset.train.class_names) != saved.about["class_names"]:
+        raise DataError(f"{run}: the classes of {config.dataset} are not those it was trained on; was it replaced?")
     results: dict[str, Any] = {}
-    for weights in [name for name in ("network", "ema") if name in saved.parts]:
-        module = build_module(config, num_classes=len(classes), in_channels=beton.channels, image_size=beton.image_size)
-        module.load_state_dict(saved.parts[weights])
-        network = wrap(module, config, machine, alone, moving_buffers=False)
-        module.eval()
-        hits, images, hits5, loss = np.zeros(len(classes), int), np.zeros(len(classes), int), 0, 0.0
-        with (
-            torch.no_grad(),
-            open_loader(
-                beton,
-                request_at,
-                kind=loader,
-                augmentation=None,
-                mean=config.mean or train.mean,
-                std=config.std or train.std,
-                dtype=network.dtype,
-                device=network.device,
-                largest=config.eval_batch_size,
-            ) as batches,
-        ):
-            for turn in range(rounds):
-                batch = batches.batch(turn)
-                with network.autocast():
-                    output = module(batch.images)
-                losses_N, logits_NK = loss_of(output, batch.labels, 0.0)
-                labels = batch.labels.cpu().numpy()
-                right = (logits_NK.argmax(1) == batch.labels).cpu().numpy()
-                hits += np.bincount(labels[right], minlength=len(classes))
-                images += np.bincount(labels, minlength=len(classes))
-                hits5 += int((logits_NK.topk(min(5, len(classes)), 1).indices == batch.labels[:, None]).sum())
-                loss += float(losses_N.double().sum())
-        per_class = {n: {"hits": int(h), "images": int(i)} for n, h, i in zip(classes, hits, images, strict=True)}
-        total = int(images.sum())
-        results["raw" if weights == "network" else "ema"] = {
-            "hits": int(hits.sum()),
-            "hits5": hits5,
-            "images": total,
-            "loss": loss / total,
-            "per_class": per_class,
-        }
-    return {"run": str(run), "step": saved.step, "split": "val" if config.val_split else "test", "weights": results}
+    for weights, part in (("raw", "network"), ("ema", "ema")):
+        if part in saved.parts:
+            results[weights] = _counts(config, machine, dataset, saved.parts[part])
+    return {"run": str(run), "step": saved.step, "split": dataset.evaluation_split, "weights": results}
+
+
+def _counts(
+    config: TrainConfig, machine: runtime.Runtime, dataset: DataSet, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    beton, alone = dataset.evaluation, World(Place(), config.dist_timeout)
+    classes = len(beton.class_names)
+    module = build_module(config, num_classes=classes, in_channels=beton.channels, image_size=beton.image_size)
+    module.load_state_dict(dict(tensors))
+    network = wrap(module, config, machine, alone, moving_buffers=False)
+    module.eval()
+    chunks = dataset.chunks(config, 0, 1, network.dtype, network.device)
+    sums, hits = no_sums(network.device), torch.zeros(classes, dtype=torch.int64, device=network.device)
+    with chunks.loader:
+        for turn in range(chunks.rounds):
+            batch = chunks.loader.batch(turn)
+            batch_sums, right_N = eval_step(network, module, batch)
+            sums += batch_sums
+            hits += torch.bincount(batch.labels[right_N], minlength=classes)
+    total = Sums.of(sums.tolist())
+    images = np.bincount(beton.labels[dataset.evaluation_samples], minlength=classes)
+    return {
+        "hits": total.hits,
+        "hits5": total.hits5,
+        "images": total.images,
+        "loss": total.loss,
+        "per_class": {
+            name: {"hits": int(h), "images": int(i)}
+            for name, h, i in zip(beton.class_names, hits.tolist(), images, strict=True)
+        },
+    }
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ VERSION, INT_FIELD, IMAGE_FIELD, RAW = 2, 1, 2, 1
 PAGE = 2 << 20  # FFCV's smallest, so that small sets stay small
 RAW_LIMIT = 4 << 30  # bytes of a split that are stored raw
 DECODED_AHEAD = 256  # images
+CONVERSION_SECONDS = 3600.0  # that a process waits for another one's conversion
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def _decoded_ahead(split: Split) -> Split:
 
 
 def prepare(
-    dataset: str, data_dir: Path, cache_dir: Path | None, *, timeout_seconds: float
+    dataset: str, data_dir: Path, cache_dir: Path | None, *, timeout_seconds: float = CONVERSION_SECONDS
 ) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set by split, converted first if they are not in the cache; yields progress.
 

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
-from dtrain.data.loader import Loader, Request
+from dtrain.data.loader import Batch
 from dtrain.model.metrics import Sums, no_sums
 from dtrain.model.network import Network
 from dtrain.model.step import eval_step
 from dtrain.world import Ask, Clock, World
 
 
-def chunks_of(samples: npt.NDArray[np.int64], size: int, world: World) -> tuple[int, Callable[[int], Request | None]]:
-    """How a split is cut: into chunks of `size`, of which process r takes r, r + W, ...
+class Chunks(Protocol):
+    """This process's part of a split, in `rounds` rounds: as many as the busiest process needs."""
 
-    samples: the split's sample indices, int64 [n]. Returns the number of rounds (equal on every process, so that all
-    meet in each) and the request of a round, None where this process has no chunk. The chunks are the same for every
-    W, since other chunk sizes give other roundings and can flip a tie.
-    """
-    rounds = math.ceil(math.ceil(len(samples) / size) / world.size)
+    @property
+    def rounds(self) -> int:
+        """The same on every process, so that all meet in each round."""
+        ...
 
-    def request_at(turn: int) -> Request | None:
-        first = (turn * world.size + world.rank) * size
-        return Request(samples[first : first + size], None) if first < len(samples) else None
-
-    return rounds, request_at
+    def batch(self, turn: int) -> Batch | None:
+        """The batch of a round; None where this process has none left."""
+        ...
 
 
 def evaluate(
-    network: Network,
-    modules: Mapping[str, nn.Module],
-    loader: Loader,
-    requests: tuple[int, Callable[[int], Request | None]],
-    world: World,
-    clock: Clock,
+    network: Network, modules: Mapping[str, nn.Module], chunks: Chunks, world: World, clock: Clock
 ) -> tuple[dict[str, Sums] | None, Ask]:
-    """Evaluate each of `modules` (by name: "raw", "ema") on the loader's chunks; None if asked to stop meanwhile.
+    """Evaluate each of `modules` (by name: "raw", "ema") on every chunk; None if asked to stop meanwhile.
 
     Rank 0's buffers are the run's: they are sent to the others first. Collective; one host sync at the end. Returns
     also what was agreed, for the loop to act on.
@@ -52,12 +42,10 @@ def evaluate(
         for module in modules.values():
             world.broadcast(list(module.buffers()))
             module.eval()
-        rounds, request_at = requests
-        for turn in range(rounds):
-            if request_at(turn) is not None:
-                batch = loader.batch(turn)
+        for turn in range(chunks.rounds):
+            if (batch := chunks.batch(turn)) is not None:
                 for name, module in modules.items():
-                    sums[name] += eval_step(network, module, batch)
+                    sums[name] += eval_step(network, module, batch)[0]
             ask = world.agreed(clock)
             save = save or ask.save
             if ask.stop:

@@ -88,9 +88,13 @@ def train_step(
 
 
 @torch.no_grad()
-def eval_step(network: Network, module: nn.Module, batch: Batch) -> Tensor:
-    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode. No collective."""
+def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode, int64 [5].
+
+    And for each image whether its class came first, bool [N]. No collective, no host sync.
+    """
     with network.autocast():
         output = module(batch.images)
     losses_N, logits_NK = loss_of(output, batch.labels, 0.0)
-    return sums_of(losses_N, logits_NK, batch.labels, top5=True)
+    right_N = logits_NK.argmax(1) == batch.labels
+    return sums_of(losses_N, logits_NK, batch.labels, top5=True), right_N

@@ -34,6 +34,7 @@ from dtrain.files import JSON, PARTIAL, canonical_json, remove_partials, set_asi
 Tensors = Mapping[str, Tensor]
 
 FORMAT = 1
+FOLDER = "checkpoints"  # of a run directory
 NETWORK = "network"  # the one part whose values must be finite
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
 MANIFEST_LIMIT = 16 << 20  # bytes; a class name for each of 100,000 classes fits
@@ -296,6 +297,21 @@ def newest(checkpoints: Path) -> Found:
     except OSError as error:
         raise StorageError(f"cannot set damaged checkpoints aside in {checkpoints}: {error.strerror}") from error
     return Found(found.path, found.step, aside)
+
+
+def undo_after(path: Path) -> list[Path]:
+    """Set aside, as `<name>.undone`, the checkpoints that are newer than the one at `path`; returns their new paths.
+
+    Raises StorageError if `path` is not sound, or the disk refuses; then nothing has changed.
+    """
+    if (reason := verify(path)) is not None:
+        raise StorageError(f"--resume {path}: not a sound checkpoint: {reason}")
+    step = load(path).step
+    try:
+        newer = [path.parent / name_of(later) for later in listed(path.parent) if later > step]
+        return [set_aside(later, "undone") for later in newer]
+    except OSError as error:
+        raise StorageError(f"cannot set aside what is newer than {path}: {error.strerror}") from error
 
 
 def stale(steps: Sequence[int], *, keep: int, best: int | None) -> list[int]:

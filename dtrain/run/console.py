@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -101,6 +102,11 @@ class Console:
 def counted(hits: int, images: int) -> str:
     """`9031/10000 = 90.31 %`."""
     return f"{hits}/{images} = {100 * hits / max(1, images):.2f} %"
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it here: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def span(seconds: float) -> str:

@@ -29,11 +29,12 @@ import tomli_w
 
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import Lock, finite, whole_file, write_json
+from dtrain.run.checkpoint import FOLDER
 
 Row = Mapping[str, Any]
 Status = Literal["running", "finished", "stopped", "failed"]
 
-CONFIG, RECORD, METRICS, CHECKPOINTS, LOCK = "config.toml", "run.json", "metrics.jsonl", "checkpoints", "lock"
+CONFIG, RECORD, METRICS, LOCK = "config.toml", "run.json", "metrics.jsonl", "lock"
 EVALUATION = ("hits", "images", "split", "weights")  # of an eval row, as `summaries` repeats them
 DISTRIBUTIONS = ("dtrain", "torch", "numpy", "numba", "safetensors", "ffcv")  # what the numbers of a run come from
 
@@ -63,7 +64,7 @@ class RunDir:
 
     def __init__(self, path: Path, lock: Lock) -> None:
         self.path = path
-        self.checkpoints = path / CHECKPOINTS
+        self.checkpoints = path / FOLDER
         self._lock = lock
 
     def write_config(self, settings: Mapping[str, Any]) -> None:

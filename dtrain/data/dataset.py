@@ -1,0 +1,110 @@
+"""What a run trains on and is evaluated on: two betons, which of their samples, and a loader for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dtrain.config import TrainConfig
+from dtrain.data.augment import Augmentation
+from dtrain.data.beton import Beton, Progress, prepare
+from dtrain.data.loader import Batch, Loader, Request, open_loader
+from dtrain.keyed import stratified
+from dtrain.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Where a run's images come from. *_samples: indices into the beton beside, int64 [n], in ascending order."""
+
+    train: Beton
+    train_samples: npt.NDArray[np.int64]
+    evaluation: Beton
+    evaluation_samples: npt.NDArray[np.int64]
+    evaluation_split: str  # "test", or "val" for a part of the training set
+
+    @property
+    def digest(self) -> str:
+        """What two processes must have in common: the SHA-256 of both betons."""
+        return f"{self.train.sha256} {self.evaluation.sha256}"
+
+    def train_loader(
+        self, config: TrainConfig, plan: Plan, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> Loader:
+        """Batches of process `rank` by step, augmented. Close it."""
+
+        def request_at(step: int) -> Request | None:
+            if step >= plan.total_steps:
+                return None
+            return Request(self.train_samples[plan.share_of(step, rank)], plan.epoch_at(step))
+
+        augmentation = Augmentation(config.seed, config.flip, config.shift, config.cutout)
+        return self._open(config, self.train, request_at, augmentation, plan.share, dtype, device)
+
+    def chunks(
+        self, config: TrainConfig, rank: int, world_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Chunks:
+        """One pass over the evaluation split, cut into the same chunks for every world size. Close its loader."""
+        samples, size = self.evaluation_samples, config.eval_batch_size
+
+        def request_at(turn: int) -> Request | None:
+            first = (turn * world_size + rank) * size
+            return Request(samples[first : first + size], None) if first < len(samples) else None
+
+        count = math.ceil(len(samples) / size)
+        loader = self._open(config, self.evaluation, request_at, None, size, dtype, device)
+        return Chunks(loader, rounds=math.ceil(count / world_size), mine=len(range(rank, count, world_size)))
+
+    def _open(
+        self,
+        config: TrainConfig,
+        beton: Beton,
+        request_at: Callable[[int], Request | None],
+        augmentation: Augmentation | None,
+        largest: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Loader:
+        return open_loader(
+            beton,
+            request_at,
+            kind=config.loader,
+            augmentation=augmentation,
+            mean=config.mean or self.train.mean,
+            std=config.std or self.train.std,
+            dtype=dtype,
+            device=device,
+            largest=largest,
+        )
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A process's part of an evaluation: of the chunks of a split, process r of W takes r, r + W, ...
+
+    Other chunk sizes give other roundings and can flip a tie, so the chunks do not depend on W. rounds: the most
+    chunks that any process has; mine: how many this one has.
+    """
+
+    loader: Loader
+    rounds: int
+    mine: int
+
+    def batch(self, turn: int) -> Batch | None:
+        """The chunk of this round, None where this process has none left."""
+        return self.loader.batch(turn) if turn < self.mine else None
+
+
+def load_dataset(config: TrainConfig) -> Generator[Progress, None, DataSet]:
+    """The data set of `config`, converted first where that is due; yields progress. Raises what `prepare` raises."""
+    betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir)
+    train, test = betons["train"], betons["test"]
+    if config.val_split is None:
+        return DataSet(train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
+    held = stratified(train.labels, config.val_split, config.seed)
+    return DataSet(train, np.flatnonzero(~held), train, np.flatnonzero(held), "val")

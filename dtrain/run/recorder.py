@@ -1,0 +1,129 @@
+"""What a run leaves, as the loop sees it: a Recorder on every process, which writes on rank 0 and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtrain import plugins
+from dtrain.config import TrainConfig, read_config
+from dtrain.errors import DtrainError, StorageError, UsageError
+from dtrain.run.rundir import CONFIG, Record, Row, RunDir, environment, open_run, read_record, read_rows, versions
+
+
+class Recorder:
+    """The run directory and its record. Without a directory (every rank but 0) every method does nothing."""
+
+    def __init__(self, path: Path, folder: RunDir | None, record: Record) -> None:
+        self.path = path
+        self.folder = folder
+        self.record = record
+
+    def update(self, **changed: Any) -> None:
+        """Change run.json."""
+        if self.folder is not None:
+            self.record = replace(self.record, **changed)
+            self.folder.write_record(self.record)
+
+    def row(self, row: Row) -> None:
+        """Add a row to metrics.jsonl."""
+        if self.folder is not None:
+            self.folder.append(row)
+
+    def event(self, name: str, step: int, **facts: Any) -> None:
+        """Add an event row: start, resume, save, stop, finish."""
+        self.row({"kind": "event", "event": name, "step": step, **facts, "clock": {"time": time.time()}})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far."""
+        return read_rows(self.path) if self.folder is not None else []
+
+    def failed(self, error: Exception) -> None:
+        """Say in run.json how the run ended. Never raises StorageError: the error itself matters more."""
+        code = error.exit_code if isinstance(error, DtrainError) else 1
+        with contextlib.suppress(StorageError):
+            self.update(status="failed", exit_code=code, reason=f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        if self.folder is not None:
+            self.folder.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def path_of(config: TrainConfig) -> Path:
+    """The run directory that `config` means, as far as settings decide; `--resume none` may take the next free one."""
+    if config.resume not in ("auto", "none"):
+        given = Path(config.resume)
+        return given.parent.parent if given.parent.name == "checkpoints" else given
+    return config.output or Path("runs") / config.run_name()
+
+
+def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """What `auto` became when this run began, for a resume to keep; empty for a new run.
+
+    Threads are kept for an equal number of processes only: another number divides the cores anew.
+    """
+    record = None if config.resume == "none" else read_record(path_of(config))
+    if record is None:
+        return {}
+    kept = {"amp_dtype": record.resolved.get("amp_dtype")}
+    if record.resolved.get("world_size") == world_size:
+        kept["threads"] = record.resolved.get("threads")
+    return kept
+
+
+def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], resolved: Mapping[str, Any]) -> Recorder:
+    """Own the run directory (`main`), refuse one with other settings, and write config.toml and run.json.
+
+    resolved: what `auto` became.
+    Raises UsageError for a directory that is in use, is another run's, or is not there to resume; StorageError.
+    """
+    path = path_of(config)
+    if not main:
+        return Recorder(path, None, Record("running"))
+    if config.resume not in ("auto", "none") and read_record(path) is None:
+        raise UsageError(f"--resume {config.resume}: no run is there; give a run directory, auto or none")
+    folder = open_run(path, path.parent, path.name, fresh=config.resume == "none")
+    try:
+        before = read_record(folder.path)
+        if before is not None:
+            _refuse_other_settings(folder.path, config)
+        folder.write_config(config.settings())
+        found = (plugins.find("architecture", config.arch), plugins.find("optimizer", config.opt))
+        recorder = Recorder(
+            folder.path,
+            folder,
+            Record(
+                status="running",
+                step=before.step if before else 0,
+                last_checkpoint=before.last_checkpoint if before else None,
+                command=list(command),
+                environment=environment(),
+                versions=versions(),
+                resolved=dict(resolved),
+                plugins={plugin.kind: f"{plugin.distribution} {plugin.version}" for plugin in found},
+            ),
+        )
+        recorder.update()
+        return recorder
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _refuse_other_settings(path: Path, config: TrainConfig) -> None:
+    was, asked = TrainConfig.stored(read_config(path / CONFIG)).results(), config.results()
+    names = sorted(name for name in {*was, *asked} if was.get(name) != asked.get(name))
+    if names:
+        told = "; ".join(f"{name}: was {was.get(name)}, asked {asked.get(name)}" for name in names)
+        raise UsageError(f"{path} holds a run with other settings ({told}); give another --output")

@@ -1,0 +1,74 @@
+"""Where a run stands, and where its time goes: what a checkpoint keeps beside tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", for data, is a part of "train"
+
+
+@dataclass
+class TrainState:
+    """All that a run is beside its tensors: what a checkpoint's state.json holds."""
+
+    step: int = 0  # updates done
+    samples: int = 0  # images seen by all processes together
+    tally: list[int] | None = None  # sums of the open log interval over all processes; None: it has just begun
+    best: dict[str, Any] | None = None  # step, split, weights and counts of the best evaluation so far
+    eval_due: bool = False  # an evaluation was left for a stop; the resume does it first
+    reached: bool = False  # --stop-at-accuracy was met
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+
+    def advance(self, batch_size: int) -> None:
+        """One update is done."""
+        self.step += 1
+        self.samples += batch_size
+
+    def add(self, sums: list[int]) -> list[int]:
+        """Add to the open log interval; returns its sums so far."""
+        self.tally = sums if self.tally is None else [a + b for a, b in zip(self.tally, sums, strict=True)]
+        return self.tally
+
+
+class Stopwatch:
+    """Training seconds, apart from those of evaluations and saves: in all (in `seconds`), and since the last lap.
+
+    waited: seconds spent so far in waiting for data.
+    """
+
+    def __init__(self, seconds: dict[str, float], waited: Callable[[], float]) -> None:
+        self._seconds, self._waited = seconds, waited
+        self._lap = [0.0, 0.0]
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._since = (time.monotonic(), self._waited())
+
+    def _count(self) -> None:
+        spent = (time.monotonic() - self._since[0], self._waited() - self._since[1])
+        for number, kind in enumerate(("train", "wait")):
+            self._seconds[kind] += spent[number]
+            self._lap[number] += spent[number]
+        self._go_on()
+
+    def lap(self) -> tuple[float, float]:
+        """Training seconds, and those of them spent in waiting for data, since the last lap; begins a new one."""
+        self._count()
+        train, wait = self._lap
+        self._lap = [0.0, 0.0]
+        return train, wait
+
+    @contextlib.contextmanager
+    def away(self, kind: str) -> Iterator[None]:
+        """The time inside counts as `kind` ("eval", "save") and not as training."""
+        self._count()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[kind] += time.monotonic() - started
+            self._go_on()
