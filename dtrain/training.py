@@ -99,10 +99,9 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
 
 
 class _Clock:
-    """Rank 0's wishes that depend on time or on `stop_after`."""
+    """Rank 0's wishes that depend on time."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, state: TrainState, stop_after: int | None) -> None:
-        self._state, self._stop_after = state, stop_after
+    def __init__(self, config: TrainConfig, plan: Plan) -> None:
         self._save_seconds = plan.save_every.seconds
         self._limit = parse_seconds(config.max_time, "--max-time") if config.max_time else None
         self._started = self._saved = time.monotonic()
@@ -116,9 +115,9 @@ class _Clock:
         """What is due; asked one step before it is acted on."""
         now = time.monotonic()
         save = self._save_seconds is not None and now - self._saved >= self._save_seconds
-        stop = self._stop_after is not None and self._state.step + 1 >= self._stop_after
-        if self._limit is not None and now - self._started >= self._limit:
-            stop, self.reason = True, "--max-time"
+        stop = self._limit is not None and now - self._started >= self._limit
+        if stop:
+            self.reason = "--max-time"
         return Ask(save=save, stop=stop)
 
 
@@ -138,7 +137,7 @@ class Training:
         stop_after: int | None,
     ) -> None:
         self.config, self.world, self.console, self.plan, self.recorder = config, world, console, plan, recorder
-        self.beton, self.split = dataset.train, dataset.evaluation_split
+        self.beton, self.split, self.stop_after = dataset.train, dataset.evaluation_split, stop_after
         for line in (*machine.why, *plan.lines(config.lr)):
             console.line(line)
         self.network = self._network(machine, dataset.train)
@@ -156,7 +155,7 @@ class Training:
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.kind} reader")
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
-        self.clock = _Clock(config, plan, self.state, stop_after)
+        self.clock = _Clock(config, plan)
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
         self.lap_samples = self.state.samples
 
@@ -180,6 +179,8 @@ class Training:
                 self.tally += train_step(network, optimizer, scaler, ema, batch, self.options)  # nothing is read here
                 state.advance(plan.batch_size_at(state.step))
                 ask = world.agreed(clock)  # signals and rank 0's clock: posted a step ago, read now
+                if state.step == self.stop_after:
+                    ask = Ask(stop=True)
                 if plan.logs_at(state.step):
                     self.log()  # the only host sync
                 if plan.evaluates_at(state.step):

@@ -1,54 +1,92 @@
-"""The claim the project stands on: stopped after any step and resumed, a run ends with the bits of the unbroken one."""
+"""The promise of the project: a run stopped after any step and gone on with ends with the bits of the unbroken one."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import Warm
+from warm import Warm, free_port
 
-STEPS = 5
+STEPS = 6
+STOPS = range(1, STEPS)
+OPTIMIZERS = [
+    ("sgd", True),
+    ("sgd", False),
+    ("adam", True),
+    ("adam", False),
+    ("adamw", True),
+    ("adamw", False),
+    ("muon", False),
+]
 
 
-def run(output: Path, cache: Path, optimizer: str, fused: bool, stop_after: int | None) -> dict[str, Any]:
-    """One rank of a short run on a network with batch norm and dropout, accumulation, EMA, channels-last."""
+def runs(
+    folder: Path, cache: Path, optimizer: str, fused: bool, todo: Sequence[tuple[str, int | None]], ports: Sequence[int]
+) -> dict[str, dict[str, str]]:
+    """One rank of some short runs, one after the other: (name of the directory, step to stop after).
+
+    On a network with batch norm and dropout, with accumulation 2, EMA, channels-last. Returns the digests of those
+    that came to their end.
+    """
     from dtrain.commands.prove import digests
     from dtrain.config import TrainConfig
     from dtrain.errors import Stopped
     from dtrain.training import train
     from dtrain.world import place
 
-    config = TrainConfig.of(
-        arch=f"{Path(__file__).with_name('small_network.py')}:small",
-        dataset="digits",
-        recipe="none",
-        opt=optimizer,
-        opt_opt=None if optimizer == "muon" else [f"fused={'true' if fused else 'false'}"],
-        lr=0.01,
-        batch_size=48,
-        steps=STEPS,
-        warmup_epochs=0.05,
-        grad_accum_steps=2,
-        ema=0.9,
-        smoothing=0.1,
-        flip=True,
-        shift=2,
-        cutout=4,
-        eval_every="2steps",
-        eval_batch_size=100,
-        log_interval=3,
-        checkpoint_every="end",
-        loader="memory",
-        threads=1,
-        cache_dir=cache,
-        output=output,
-    )
-    try:
-        train(config, stop_after=stop_after)
-    except Stopped:
-        return {"stopped": stop_after}
-    return digests(output) if place().is_main else {}
+    ended = {}
+    for (name, stop_after), port in zip(todo, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # each run has a store of its own
+        config = TrainConfig.of(
+            arch=f"{Path(__file__).with_name('small_network.py')}:small",
+            dataset="digits",
+            recipe="none",
+            opt=optimizer,
+            opt_opt=None if optimizer == "muon" else [f"fused={'true' if fused else 'false'}"],
+            lr=0.01,
+            batch_size=48,
+            steps=STEPS,
+            warmup_epochs=0.05,
+            grad_accum_steps=2,
+            ema=0.9,
+            smoothing=0.1,
+            flip=True,
+            shift=2,
+            cutout=4,
+            eval_every="2steps",
+            eval_batch_size=100,
+            log_interval=3,
+            checkpoint_every="end",
+            loader="memory",
+            threads=1,
+            cache_dir=cache,
+            output=folder / name,
+        )
+        try:
+            train(config, stop_after=stop_after)
+        except Stopped as stopped:
+            assert f"at step {stop_after} " in str(stopped)
+            continue
+        assert stop_after is None
+        if place().is_main:
+            ended[name] = digests(folder / name)
+    return ended
+
+
+class Runs:
+    """Short runs of one optimizer in `world` fresh processes, started by `go`."""
+
+    def __init__(self, ranks: Warm, folder: Path, cache: Path, optimizer: str, fused: bool) -> None:
+        self._ranks, self._folder = ranks, folder
+        self._about = {"folder": folder, "cache": cache, "optimizer": optimizer, "fused": fused}
+
+    def go(self, world: int, todo: Sequence[tuple[str, int | None]]) -> dict[str, dict[str, str]]:
+        kwargs = {**self._about, "todo": list(todo), "ports": [free_port() for _ in todo]}
+        ended: dict[str, dict[str, str]] = self._ranks.call("test_resume:runs", world, kwargs)[0]
+        return ended
 
 
 @pytest.fixture(scope="session")
@@ -58,47 +96,35 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("optimizer", "fused"),
-    [
-        ("sgd", True),
-        ("sgd", False),
-        ("adam", True),
-        ("adam", False),
-        ("adamw", True),
-        ("adamw", False),
-        ("muon", False),
-    ],
-)
+@pytest.mark.parametrize(("optimizer", "fused"), OPTIMIZERS)
 def test_stopped_after_any_step_and_resumed_ends_with_the_same_bits(
     ranks: Warm, tmp_path: Path, cache: Path, optimizer: str, fused: bool, world: int
 ) -> None:
-    def go(name: str, stop_after: int | None = None) -> dict[str, Any]:
-        kwargs = {"output": tmp_path / name, "cache": cache, "optimizer": optimizer, "fused": fused}
-        results: list[dict[str, Any]] = ranks.call("test_resume:run", world, {**kwargs, "stop_after": stop_after})
-        return results[0]
-
-    straight = go("straight")
+    some = Runs(ranks, tmp_path, cache, optimizer, fused)
+    straight = some.go(world, [("straight", None), *((f"at-{k}", k) for k in STOPS)])["straight"]
     assert straight["step"] == str(STEPS)
-    # every step for one process; the first, a middle and the last for more, which the slow suite completes
-    for k in range(1, STEPS) if world == 1 else (1, 3):
-        assert go(f"at-{k}", stop_after=k) == {"stopped": k}
-        assert go(f"at-{k}") == straight
+    assert straight.keys() == {"step", "network", "optimizer", "ema", "rows"}
+    resumed = some.go(world, [(f"at-{k}", None) for k in STOPS])  # in other processes: nothing but files goes over
+    assert resumed == {f"at-{k}": straight for k in STOPS}
+
+
+def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Path) -> None:
+    sgd = Runs(ranks, tmp_path / "sgd", cache, "sgd", False).go(1, [("run", None)])["run"]
+    adam = Runs(ranks, tmp_path / "adam", cache, "adam", False).go(1, [("run", None)])["run"]
+    assert all(sgd[part] != adam[part] for part in ("network", "optimizer", "ema", "rows"))
 
 
 @pytest.mark.dist
 def test_another_number_of_processes_goes_on_with_the_same_samples(ranks: Warm, tmp_path: Path, cache: Path) -> None:
     from dtrain.run.rundir import comparable, read_rows
 
-    def go(name: str, world: int, stop_after: int | None = None) -> None:
-        kwargs = {"output": tmp_path / name, "cache": cache, "optimizer": "sgd", "fused": False}
-        ranks.call("test_resume:run", world, {**kwargs, "stop_after": stop_after})
-
-    go("straight", 2)
-    go("moved", 2, stop_after=3)
-    go("moved", 1)
+    some = Runs(ranks, tmp_path, cache, "sgd", False)
+    some.go(2, [("straight", None), ("moved", 3)])
+    some.go(1, [("moved", None)])
     straight, moved = (comparable(read_rows(tmp_path / name)) for name in ("straight", "moved"))
     exact = ("kind", "step", "epoch", "samples", "lr", "images_in_interval", "images")
     assert [[r.get(f) for f in exact] for r in straight] == [[r.get(f) for f in exact] for r in moved]
-    assert straight[:3] == moved[:3]  # up to the stop the rows are the same in every figure
+    before = [row for row in straight if row["step"] <= 3]
+    assert before == [row for row in moved if row["step"] <= 3]  # up to the stop the rows are the same in every figure
+    assert len(before) == 3
     assert moved[-1]["loss"] == pytest.approx(straight[-1]["loss"], abs=0.2)  # after it, other dropout and rounding
