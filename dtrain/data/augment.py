@@ -51,9 +51,10 @@ def decide(augmentation: Augmentation, epoch: int, indices: npt.NDArray[np.int64
 
 
 def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
-    """What each byte becomes, [C, 256]: (v / 255 - mean) / std, rounded once to float32, float16 or bfloat16.
+    """What each byte becomes, [C, 256]: (v / 255 - mean) / std in float32, and that rounded to float16 or bfloat16.
 
-    bfloat16 is carried as the uint16 of its bits, rounded to nearest even: numpy has no such type.
+    So a batch in a short type is the float32 batch, cast. bfloat16 is carried as the uint16 of its bits, rounded to
+    nearest even: numpy has no such type.
     """
     values: npt.NDArray[Any] = (
         (np.arange(256)[None, :] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
@@ -79,7 +80,8 @@ def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one plac
     for i in range(n):
         base = np.int64(offsets[i])
         flip, dy, dx = table[i, 0], np.int64(table[i, 1]), np.int64(table[i, 2])
-        low, high = max(0, -dx), min(width, width - dx)  # columns of the shifted image that have a source
+        # columns of the shifted image that have a source; none where the shift is wider than the image
+        low, high = min(width, max(0, -dx)), max(0, min(width, width - dx))
         for y in range(height):
             row = y + dy
             if row < 0 or row >= height:

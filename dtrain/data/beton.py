@@ -86,15 +86,16 @@ def write_beton(path: Path, split: Split, size: int, source: Source, split_name:
     records["label"], records["image"]["mode"] = split.labels, RAW
     records["image"]["width"] = records["image"]["height"] = size
     start = -(-(HEADER.itemsize + 2 * FIELD.itemsize + records.nbytes) // PAGE) * PAGE
-    per_page = PAGE // image_bytes
-    positions = start + np.arange(count) // per_page * PAGE + np.arange(count) % per_page * image_bytes
+    page_bytes = max(PAGE, 1 << (image_bytes - 1).bit_length())  # FFCV: a power of two; an image lies in one page
+    per_page = page_bytes // image_bytes
+    positions = start + np.arange(count) // per_page * page_bytes + np.arange(count) % per_page * image_bytes
     records["image"]["position"] = table["position"] = positions
     table["sample"], table["size"] = np.arange(count), image_bytes
     pages = -(-count // per_page)
     sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
     with whole_file(path) as part:
         with part.open("wb") as file:
-            file.write(_head(count, start + pages * PAGE).tobytes())
+            file.write(np.array([(VERSION, 2, page_bytes, count, start + pages * page_bytes)], HEADER).tobytes())
             file.write(_descriptors().tobytes())
             file.write(records.tobytes())
             file.write(bytes(start - file.tell()))
@@ -104,7 +105,7 @@ def write_beton(path: Path, split: Split, size: int, source: Source, split_name:
                     histogram = np.bincount(page[..., channel].ravel(), minlength=256)
                     sums[channel] += int(histogram @ np.arange(256))
                     squares[channel] += int(histogram @ np.arange(256) ** 2)
-                file.write(page.tobytes().ljust(PAGE, b"\0"))
+                file.write(page.tobytes().ljust(page_bytes, b"\0"))
                 done += len(page)
                 yield Progress(split_name, done, count)
             if done != count:
@@ -139,10 +140,6 @@ def _pages(split: Split, size: int, per_page: int) -> Iterator[npt.NDArray[np.ui
             page = []
     if page:
         yield np.stack(page)
-
-
-def _head(samples: int, table: int) -> npt.NDArray[Any]:
-    return np.array([(VERSION, 2, PAGE, samples, table)], HEADER)
 
 
 def _descriptors() -> npt.NDArray[Any]:
@@ -215,9 +212,10 @@ def _structure(  # noqa: C901 - a list of refusals
     count, table_at = int(head["samples"]), int(head["table"])
     if count != facts["images"]:
         raise refuse(f"holds {count} samples, its sidecar says {facts['images']}")
-    if table_at == 0 or table_at + count * ALLOCATION.itemsize != len(flat):
+    first = begin + count * SAMPLE.itemsize
+    if table_at < first or table_at + count * ALLOCATION.itemsize != len(flat):
         raise refuse("unfinished or cut short")
-    records = flat[begin : begin + count * SAMPLE.itemsize].view(SAMPLE)
+    records = flat[begin:first].view(SAMPLE)
     table = flat[table_at:].view(ALLOCATION)
     size = facts["image_size"]
     image = records["image"]
@@ -225,8 +223,7 @@ def _structure(  # noqa: C901 - a list of refusals
         raise refuse(f"holds an image that is not raw {size}x{size}")
     if (table["sample"] != np.arange(count)).any() or (table["position"] != image["position"]).any():
         raise refuse("its table of samples is damaged")
-    first, last = begin + count * SAMPLE.itemsize, table_at - size * size * 3
-    if (image["position"] < first).any() or (image["position"] > max(last, 0)).any():
+    if (image["position"] < first).any() or (image["position"] > max(table_at - size * size * 3, 0)).any():
         raise refuse("a sample's pixels lie outside of the file")
     labels = records["label"].astype(np.int64)
     classes = len(facts["class_names"])
@@ -307,8 +304,7 @@ def prepare(
     place = locate(dataset, data_dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        memo = cache / f"{place.name}.digest"
-        folder = cache / f"{place.name}-{digest_of(place, memo)[:12]}"
+        folder = cache / f"{place.name}-{digest_of(place, cache / f'{place.name}.digest')[:12]}"
         folder.mkdir(exist_ok=True)
         lock = Lock(folder / "lock")
         deadline = time.monotonic() + timeout_seconds

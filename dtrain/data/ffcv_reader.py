@@ -20,7 +20,6 @@ import torch
 
 from dtrain.data.beton import Beton
 from dtrain.data.memory_reader import Slot
-from dtrain.errors import DataError
 
 POLL_SECONDS = 0.05
 
@@ -100,14 +99,6 @@ class FfcvReader:
     """One stream of slots for given batches of sample indices; a slot is valid until the next is asked for."""
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
-        count = len(beton.labels)
-
-        def checked() -> Iterator[npt.NDArray[np.uint64]]:
-            for indices in batches:  # FFCV reads stray memory for an index that is not there
-                if len(indices) and not 0 <= indices.min() <= indices.max() < count:
-                    raise DataError(f"{beton.path}: sample {indices.max()} was asked for, it has {count}")
-                yield np.ascontiguousarray(indices, dtype=np.uint64)
-
         with _threads_kept():
             loader = Loader(
                 str(beton.path),
@@ -117,18 +108,17 @@ class FfcvReader:
                 order=OrderOption.SEQUENTIAL,
                 drop_last=False,
                 batches_ahead=1,
+                seed=0,  # unused; without it FFCV draws one from numpy's global generator, which is the run's
                 pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
             )
-            self._stream = _Stream(loader, checked())
+            self._stream = _Stream(loader, (np.ascontiguousarray(indices, dtype=np.uint64) for indices in batches))
         self._bytes = beton.image_size**2 * beton.channels
 
     def __iter__(self) -> Iterator[Slot]:
         while (images := self._stream.output_queue.get()) is not None:
             yield images.reshape(-1), np.arange(len(images), dtype=np.uint64) * np.uint64(self._bytes)
-        if isinstance(self._stream.error, DataError):
-            raise self._stream.error
         if self._stream.error is not None:
-            raise DataError(f"FFCV could not read: {self._stream.error}") from self._stream.error
+            raise self._stream.error
 
     def close(self) -> None:
         """Give the thread back."""

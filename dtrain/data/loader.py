@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtrain.data.augment import Augmentation, decide, lookup_table, move_pixels
 from dtrain.data.beton import Beton
-from dtrain.errors import UsageError
+from dtrain.errors import DataError, UsageError
 
 AHEAD = 2  # batches that wait, ready: one to hide the making of the next, one for a slow one
 POLL_SECONDS = 0.05
@@ -101,10 +101,16 @@ class Loader:
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Make batches from `step` on, in the calling thread, without end or until there is none."""
         wanted: list[Request] = []  # requests the reader has been given and that are not yet made
+        count = len(self._beton.labels)
 
         def indices() -> Iterator[npt.NDArray[np.int64]]:
             at = step
             while (request := self._request_at(at)) is not None:
+                # for both readers: FFCV reads and writes stray memory past its ends, numpy takes -1 for the last
+                if len(request.indices) > self._largest:
+                    raise DataError(f"{self._beton.path}: {len(request.indices)} samples in a batch of {self._largest}")
+                if len(request.indices) and not 0 <= request.indices.min() <= request.indices.max() < count:
+                    raise DataError(f"{self._beton.path}: a sample outside of its {count} was asked for")
                 wanted.append(request)
                 yield request.indices
                 at += 1

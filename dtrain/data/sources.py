@@ -13,6 +13,8 @@ import lzma
 import os
 import pickle
 import tarfile
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dtrain.errors import DataError, UsageError, nearest
-from dtrain.files import canonical_json, sha256_of
+from dtrain.files import PARTIAL, Lock, canonical_json, sha256_of
 from dtrain.keyed import Stream, integers, key
 
 Images = npt.NDArray[np.uint8]
@@ -103,9 +105,12 @@ def digest_of(place: Place, memo: Path | None = None) -> str:
     """
     if place.path is None:
         return hashlib.sha256(f"{place.name} 1".encode()).hexdigest()
-    if place.path.is_file():
-        return sha256_of(place.path) if memo is None else remembered_sha256(place.path, memo)
-    stats = [(name, (place.path / name).stat()) for name in _files(place.path)]
+    try:
+        if place.path.is_file():
+            return sha256_of(place.path) if memo is None else remembered_sha256(place.path, memo)
+        stats = [(name, (place.path / name).stat()) for name in _files(place.path)]
+    except OSError as error:
+        raise DataError(f"{place.path}: cannot be read ({error})") from error
     rows = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(canonical_json(rows)).hexdigest()
 
@@ -191,7 +196,7 @@ def _members(path: Path) -> Iterator[_Member]:
     """Every image file below train/, val/ and test/, in a fixed order; what is hidden or elsewhere is passed by."""
     for name, read in _tar_files(path) if path.is_file() else _folder_files(path):
         parts = PurePosixPath(name).parts
-        if parts[0] not in ("train", "val", "test") or any(part.startswith(".") for part in parts):
+        if parts[:1] not in (("train",), ("val",), ("test",)) or any(part.startswith(".") for part in parts):
             continue
         if len(parts) != 3:
             raise DataError(f"{path}: {name} is not {parts[0]}/CLASS/FILE; move or remove it")
@@ -199,13 +204,16 @@ def _members(path: Path) -> Iterator[_Member]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The files below a folder, as sorted posix paths relative to it."""
-    for root, folders, names in os.walk(folder):
+    """The files below a folder, as sorted posix paths relative to it; links are followed, here as in torchvision."""
+    for root, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         if not folders and not names:
             raise DataError(f"{root}: an empty folder; fill or remove it")
         for name in sorted(names):
-            yield (Path(root) / name).relative_to(folder).as_posix()
+            path = Path(root) / name
+            if not path.is_file():  # reading a pipe would wait for ever
+                raise DataError(f"{path}: neither a file nor a folder (a broken link, a device); remove it")
+            yield path.relative_to(folder).as_posix()
 
 
 def _folder_files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -237,16 +245,15 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 def _decode(path: Path, member: _Member, size: int | None) -> Images:
     """One image as uint8 [S, S, 3]; DataError, naming it, if it is damaged or not square or not of `size`."""
-    data = member.read()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(member.read())) as image:
             width, height = image.size
             if image.mode[0] in "IF":
                 raise DataError(f"{path}: {member.name} has more than 8 bits a channel; convert it to 8")
             pixels = None if (width, height) != (size or height,) * 2 else np.asarray(image.convert("RGB"))
     except DataError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly every kind: OSError, SyntaxError, zlib.error ...
+    except Exception as error:  # tar and Pillow's decoders raise nearly every kind: OSError, SyntaxError, zlib.error
         raise DataError(f"{path}: {member.name} cannot be decoded ({error}); replace or remove it") from error
     if pixels is None:
         wanted = f"{size}x{size}, as the first image is" if size else "square"
@@ -300,28 +307,29 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
 
-def _unpickle(path: Path) -> dict[bytes, Any]:
+def _unpickle(path: Path, entry: bytes) -> Any:
+    """One entry of the dict that a file of CIFAR is."""
     try:
         with path.open("rb") as file:
-            content = _ArraysOnly(file, encoding="bytes").load()
+            return _ArraysOnly(file, encoding="bytes").load()[entry]
     except Exception as error:  # a damaged pickle raises nearly every kind
-        raise DataError(f"{path}: cannot be read ({error}); remove its folder and download it again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: is not one of CIFAR's files; remove its folder and download it again")
-    return content
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: cannot be read ({reason}); remove its folder and download it again") from error
 
 
 def _open_cifar(cifar: _Cifar, name: str, path: Path, digest: str) -> Source:
-    class_names = tuple(found.decode() for found in _unpickle(path / cifar.names_file)[cifar.names_key])
+    class_names = tuple(found.decode() for found in _unpickle(path / cifar.names_file, cifar.names_key))
 
     def stream(files: tuple[str, ...]) -> Iterator[Images]:
         for file in files:
-            for row in _unpickle(path / file)[b"data"]:
-                yield row.reshape(3, 32, 32).transpose(1, 2, 0)
+            rows = np.asarray(_unpickle(path / file, b"data"))
+            if rows.dtype != np.uint8 or rows.shape[1:] != (3 * 32 * 32,):
+                raise DataError(f"{path / file}: holds no images of 32x32; remove its folder and download it again")
+            yield from rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
     splits = {
         split: Split(
-            np.array([label for file in files for label in _unpickle(path / file)[cifar.labels_key]], dtype=np.int64),
+            np.array([label for file in files for label in _unpickle(path / file, cifar.labels_key)], dtype=np.int64),
             partial(stream, files),
         )
         for split, files in cifar.files.items()
@@ -330,14 +338,24 @@ def _open_cifar(cifar: _Cifar, name: str, path: Path, digest: str) -> Source:
 
 
 def _download(cifar: _Cifar, data_dir: Path, looked: str) -> Path:
+    """Download by torchvision, into `data_dir` whole or not at all; one process does it, the others wait for it."""
     from torchvision import datasets  # costs as much as torch, so only here
 
+    folder = data_dir / cifar.folder
+    lock = Lock(data_dir / f".{cifar.folder}.lock")
     try:
-        getattr(datasets, cifar.torchvision_name)(data_dir, download=True)
+        while not lock.acquire():
+            time.sleep(0.05)
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=data_dir) as part:
+                getattr(datasets, cifar.torchvision_name)(part, download=True)
+                (Path(part) / cifar.folder).rename(folder)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{looked}, and no download ({reason}); --dataset digits needs neither") from error
-    return data_dir / cifar.folder
+    finally:
+        lock.release()
+    return folder
 
 
 # --- built in
