@@ -94,9 +94,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def combinations() -> list[Any]:
+    """Every optimizer on 1, 2 and 4 processes: alone all of them, together one each; the slow suite has the others."""
+    at_once = {(2, "sgd", True), (4, "muon", False)}
+    return [
+        pytest.param(*of, world, marks=[] if world == 1 or (world, *of) in at_once else [pytest.mark.slow])
+        for world in (1, 2, 4)
+        for of in OPTIMIZERS
+    ]
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize(("optimizer", "fused"), OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "fused", "world"), combinations())
 def test_stopped_after_any_step_and_resumed_ends_with_the_same_bits(
     ranks: Warm, tmp_path: Path, cache: Path, optimizer: str, fused: bool, world: int
 ) -> None:

@@ -306,16 +306,17 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
         folder = cache / f"{place.name}-{digest_of(place, cache / f'{place.name}.digest')[:12]}"
         folder.mkdir(exist_ok=True)
+        paths = {split: folder / f"{split}.beton" for split in ("train", "test")}
         lock = Lock(folder / "lock")
         deadline = time.monotonic() + timeout_seconds
-        while not lock.acquire():
+        # a beton appears whole: if both are there no lock is needed, if one is missing only its holder may say so
+        while not all(path.exists() for path in paths.values()) and not lock.acquire():
             if time.monotonic() > deadline:
                 raise ProcessError(f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s")
             time.sleep(0.05)
     except OSError as error:
         raise StorageError(f"the cache {cache}: {error.strerror}; name a writable one with --cache-dir") from None
     try:
-        paths = {split: folder / f"{split}.beton" for split in ("train", "test")}
         if not all(path.exists() for path in paths.values()):
             yield from convert(open_source(place), folder)
         return {split: open_beton(path) for split, path in paths.items()}
