@@ -7,6 +7,7 @@ seeds are not used. Its thread is replaced by one that ends when told to, and ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from queue import Empty, Full
@@ -49,6 +50,22 @@ with _threads_kept(), _no_typed_dict():
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator
+
+
+@functools.lru_cache(maxsize=4)  # FFCV compiles code for each, for a third of a second, at every jump and evaluation
+def _loader(path: str, sha256: str, largest: int) -> Any:
+    """FFCV's view of a beton. sha256: so that a file that took the place of another is opened anew."""
+    return Loader(
+        path,
+        batch_size=largest,
+        num_workers=1,
+        os_cache=True,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        batches_ahead=1,
+        seed=0,  # unused; without it FFCV draws one from numpy's global generator, which is the run's
+        pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
+    )
 
 
 class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
@@ -100,17 +117,7 @@ class FfcvReader:
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
         with _threads_kept():
-            loader = Loader(
-                str(beton.path),
-                batch_size=largest,
-                num_workers=1,
-                os_cache=True,
-                order=OrderOption.SEQUENTIAL,
-                drop_last=False,
-                batches_ahead=1,
-                seed=0,  # unused; without it FFCV draws one from numpy's global generator, which is the run's
-                pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
-            )
+            loader = _loader(str(beton.path), beton.sha256, largest)
             self._stream = _Stream(loader, (np.ascontiguousarray(indices, dtype=np.uint64) for indices in batches))
         self._bytes = beton.image_size**2 * beton.channels
 

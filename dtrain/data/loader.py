@@ -32,12 +32,14 @@ POLL_SECONDS = 0.05
 class Batch:
     """images: [b, C, H, W] in channels-last memory, float32 or the autocast type, normalised.
 
-    labels, indices: int64 [b]. Fresh memory: it may be kept.
+    labels, indices: int64 [b]. checksum: int64 [], of the indices and of what was decided for each image, below
+    b x 2^32; the sum of those of all shares is that of the global batch. Fresh memory: it may be kept.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    checksum: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Loader:
         if isinstance(made, Batch):
             if self._copies is not None:
                 torch.cuda.current_stream(self._device).wait_stream(self._copies)
-                for tensor in (made.images, made.labels):
+                for tensor in (made.images, made.labels, made.checksum):
                     tensor.record_stream(torch.cuda.current_stream(self._device))
             return made
         self._stop()
@@ -147,13 +149,16 @@ class Loader:
         images = images_NHWC.view(self._dtype).permute(0, 3, 1, 2)
         labels = torch.from_numpy(self._beton.labels[request.indices])
         indices = torch.from_numpy(request.indices.copy())
+        decided = key(0, Stream.CHECKSUM, request.epoch or 0, request.indices, *table.T)
+        checksum = torch.tensor(int((decided >> np.uint64(32)).sum()))
         if self._copies is None:
-            return Batch(images, labels, indices)
+            return Batch(images, labels, indices, checksum)
         with torch.cuda.stream(self._copies):
             return Batch(
                 images.to(self._device, non_blocking=True),
                 labels.pin_memory().to(self._device, non_blocking=True),
                 indices,
+                checksum.pin_memory().to(self._device, non_blocking=True),
             )
 
     def _stop(self) -> None:

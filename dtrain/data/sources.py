@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -220,9 +220,22 @@ def _folder_files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     return ((name, (folder / name).read_bytes) for name in _files(folder))
 
 
+class _Header(tarfile.TarInfo):
+    """tarfile takes any header that is cut off or damaged, but the first, for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if bytes(buf) == bytes(tarfile.BLOCKSIZE):  # the end, as it should be
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
 def _tar_files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=_Header) as tar:
             for info in tar:
                 parts = PurePosixPath(info.name).parts
                 if info.isdir():
@@ -233,8 +246,9 @@ def _tar_files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                     )
                 yield "/".join(parts), partial(_read_member, tar, info)
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        reason = str(error).split(":")[0].split("\n")[0]
         raise DataError(
-            f"{path}: cannot be read as a tar ({error}); it is cut short, damaged or something else"
+            f"{path}: cannot be read as a tar ({reason}); it is cut short, damaged or something else"
         ) from error
 
 
