@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -24,14 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+TRAIN, LOOK, INSTALLED, BESIDE = "Train", "Look at what was trained", "Look at what is installed", "Beside training"
 config_app = typer.Typer(no_args_is_help=True, help="What a run would be set to, and why.")
+plugins_app = typer.Typer(
+    invoke_without_command=True, help="List every plugin and where it comes from; begin your own."
+)
 data_app = typer.Typer(no_args_is_help=True, help="Converted data sets: make, look at, check.")
 prove_app = typer.Typer(no_args_is_help=True, help="Have dtrain's promises proven on your own run.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, in ratios, on this machine.")
-app.add_typer(config_app, name="config")
-app.add_typer(data_app, name="data")
-app.add_typer(prove_app, name="prove")
-app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
+app.add_typer(plugins_app, name="plugins", rich_help_panel=INSTALLED)
+app.add_typer(data_app, name="data", rich_help_panel=BESIDE)
+app.add_typer(prove_app, name="prove", rich_help_panel=BESIDE)
+app.add_typer(bench_app, name="bench", rich_help_panel=BESIDE)
 
 _arguments: list[str] = []  # the command line as given, for the processes that --nproc starts
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -49,10 +54,12 @@ def run(arguments: list[str]) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own kind, whether installed or inside Typer
             raise
-        flag = getattr(error, "option_name", None)
-        if flag is None:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a verb that needs another word; its help has been printed
+            return
+        flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+        if flag is None or context is None or type(error).__name__ != "NoSuchOption":
             raise UsageError(" ".join(error.format_message().split())) from None
-        known = [flag_of(f.name) for f in settings_fields()] + ["--config", "--dry-run", "--nproc", "--debug"]
+        known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
         raise UsageError(f"{flag} is not a flag; {nearest(flag, known)}") from None
     if isinstance(code, int) and code:
         sys.exit(code)
@@ -88,21 +95,21 @@ def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
     flags = list(about["flags"]) or [flag_of(name)]
     text = about["help"]
     if about["choices"]:
-        text += ": " + ", ".join(about["choices"])
+        text += f"; one of {', '.join(about['choices'])}"
     annotation: Any = str | None  # values are checked in one place, config.coerced, whatever layer they come from
-    shown = "" if optional or default in ("", None) else str(default)
+    shown = "" if optional or default in ("", None) else f"{default:g}" if kind is float else str(default)
     if kind is bool:
         flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
         annotation = bool | None
         shown = "" if optional else ("yes" if default else "no")
-    elif str(kind).startswith("dict"):
+    elif get_origin(kind) is dict:
         annotation, shown = list[str] | None, ""
     text += f" [default: {shown}]" if shown else ""
     option = typer.Option(
         *flags,
         help=text.replace("[", "\\["),  # not rich's markup
         rich_help_panel=about["panel"],
-        metavar=None if kind is bool else _metavar(kind),
+        metavar=_metavar(kind),
         show_default=False,
     )
     return inspect.Parameter(
@@ -111,25 +118,22 @@ def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
 
 
 def _metavar(kind: Any) -> str:
-    names = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
-    return "K=V" if str(kind).startswith("dict") else names.get(kind, "X,X,X")
+    names = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT"}  # " ": click then shows nothing
+    return "K=V" if get_origin(kind) is dict else names.get(kind, "X,X,X")
+
+
+def _own(flag: str, panel: str, text: str, metavar: str = " ", **more: Any) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
 
 
 ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="TOML file of settings, such as a run's config.toml", rich_help_panel="The run"),
+    Path | None, _own("--config", "The run", "TOML file of settings, such as a run's config.toml", "PATH")
 ]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="print plan, shapes, parameters, memory and first rates; stop", rich_help_panel="The run"
-    ),
-]
+DryRun = Annotated[bool, _own("--dry-run", "The run", "print plan, shapes, parameters, memory and first rates; stop")]
 Nproc = Annotated[
-    int,
-    typer.Option("--nproc", help="processes on this machine, as torchrun would start them", rich_help_panel="Machine"),
+    int, _own("--nproc", "Machine", "processes on this machine, as torchrun starts them \\[default: 1]", "N")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="add the traceback to an error", rich_help_panel="The run")]
+Debug = Annotated[bool, _own("--debug", "The run", "add the traceback to an error")]
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
@@ -147,6 +151,8 @@ def _train(
 ) -> None:
     """Train; the verb may be left out. Run the same command again to go on where it stopped."""
     asked = TrainConfig.of(config, **settings)
+    if nproc < 1:
+        raise UsageError(f"--nproc {nproc}: give 1 or more")
     if nproc > 1:
         from dtrain.commands.launch import launch
 
@@ -162,7 +168,7 @@ def _train(
         train(asked, command=sys.argv)
 
 
-app.command("train")(_with_train_flags(_train))
+app.command("train", rich_help_panel=TRAIN)(_with_train_flags(_train))
 
 
 def _config_show(settings: dict[str, Any], config: ConfigFile = None, json_: JsonFlag = False) -> None:
@@ -175,7 +181,7 @@ def _config_show(settings: dict[str, Any], config: ConfigFile = None, json_: Jso
 config_app.command("show")(_with_train_flags(_config_show))
 
 
-@app.command("eval", rich_help_panel="Look")
+@app.command("eval", rich_help_panel=LOOK)
 def _eval(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
     checkpoint: Annotated[str, typer.Option(help="last, best or a step")] = "last",
@@ -189,7 +195,7 @@ def _eval(
     print(json.dumps(result)) if json_ else print_evaluation(result)
 
 
-@app.command("runs")
+@app.command("runs", rich_help_panel=LOOK)
 def _runs(
     folder: Annotated[Path, typer.Argument(help="where runs are kept")] = Path("runs"), json_: JsonFlag = False
 ) -> None:
@@ -200,7 +206,7 @@ def _runs(
     print_table("runs", summaries(folder), as_json=json_)
 
 
-@app.command("archs")
+@app.command("archs", rich_help_panel=INSTALLED)
 def _archs(json_: JsonFlag = False) -> None:
     """List the architectures that are installed; imports none of them."""
     from dtrain.commands.show import plugin_rows, print_table
@@ -208,7 +214,7 @@ def _archs(json_: JsonFlag = False) -> None:
     print_table("architectures", plugin_rows("architecture"), as_json=json_)
 
 
-@app.command("optimizers")
+@app.command("optimizers", rich_help_panel=INSTALLED)
 def _optimizers(json_: JsonFlag = False) -> None:
     """List the optimizers that are installed; imports none of them."""
     from dtrain.commands.show import plugin_rows, print_table
@@ -216,12 +222,25 @@ def _optimizers(json_: JsonFlag = False) -> None:
     print_table("optimizers", plugin_rows("optimizer"), as_json=json_)
 
 
-@app.command("plugins")
-def _plugins(json_: JsonFlag = False) -> None:
-    """List every plugin with the package it comes from; imports none of them."""
-    from dtrain.commands.show import plugin_rows, print_table
+@plugins_app.callback()
+def _plugins(context: typer.Context, json_: JsonFlag = False) -> None:
+    """List every plugin and recipe with the package it comes from; imports none of them. Or begin your own: new."""
+    from dtrain.commands.show import plugin_rows, print_table, recipe_rows
 
-    print_table("plugins", plugin_rows("architecture") + plugin_rows("optimizer"), as_json=json_)
+    if context.invoked_subcommand is None:
+        rows = [*plugin_rows("architecture"), *plugin_rows("optimizer"), *recipe_rows()]
+        print_table("plugins", rows, as_json=json_)
+
+
+@plugins_app.command("new")
+def _plugins_new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the package and its architecture: my_net")],
+    into: Annotated[Path, typer.Option(metavar="PATH", help="folder to make it in")] = Path(),
+) -> None:
+    """Make a package of your own: an architecture, a recipe and a test, to be filled in."""
+    from dtrain.commands.new_plugin import new_plugin, next_steps
+
+    print(next_steps(new_plugin(name, into)))
 
 
 @data_app.command("convert")

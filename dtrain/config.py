@@ -17,13 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dtrain.errors import UsageError, nearest
+from dtrain.errors import PluginError, UsageError, nearest
 from dtrain.files import canonical_json
-from dtrain.plugins import read_recipe, recipe_for, recipes
+from dtrain.plugins import find_recipe, read_recipe, recipe_for
 from dtrain.schedules import SCHEDULES
 
 Mark = Literal["result", "place"]
-PANELS = ("What is trained", "Optimization", "Data", "Evaluation", "Machine", "The run")
+# What belongs to a choice: a layer that chooses otherwise than those below it begins these anew; the options that a
+# recipe gives Muon are nothing to SGD.
+BELONGS = {
+    "arch": ("arch_opt",),
+    "opt": ("opt_opt", "momentum", "nesterov", "weight_decay"),
+    "schedule": ("schedule_opt",),
+}
+RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"  # in a run directory; dtrain/run/ writes them
 
 
 def setting(
@@ -180,48 +187,61 @@ class TrainConfig:
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        for f in settings_fields():  # TrainConfig(epochs=10) is --epochs 10: one value, one digest
+            if (value := getattr(self, f.name)) is not None:
+                object.__setattr__(self, f.name, coerced(f.name, value))
         check(self)
 
     @classmethod
     def of(cls, file: Path | None = None, **flags: Any) -> TrainConfig:
         """The config of these settings in layers: defaults < recipe < `file` < `flags`; None means not given.
 
-        Values may be given as the command line gives them (strings) or in their own types.
+        Values may be given as the command line gives them (strings) or in their own types. With the path of a run or
+        checkpoint in `resume`, and neither a file nor an architecture, the file is that run's own config.toml.
         Raises UsageError for an unknown key or value, naming the nearest; PluginError for a broken recipe.
         """
-        given = {name: value for name, value in flags.items() if value is not None}
-        from_file = read_config(file) if file is not None else {}
+        given = {name: coerced(name, value) for name, value in flags.items() if value is not None}
+        if file is None and "arch" not in given:
+            file = _config_of_run(given.get("resume", "auto"))
+        read = read_config(file) if file is not None else {}
+        from_file = {name: coerced(name, value) for name, value in read.items()}
+        if {"epochs", "steps"} <= given.keys():
+            raise UsageError("--epochs and --steps: both say how long to train; give one of them")
         asked = {**from_file, **given}
-        recipe = asked.get("recipe") or recipe_for(str(asked.get("arch", "")), _dataset_name(asked))
-        layers: list[tuple[str, Mapping[str, Any]]] = []
-        if recipe not in (None, "none"):
-            known = recipes()
-            if recipe not in known:
-                raise UsageError(f"--recipe {recipe}: there is no such recipe; {nearest(str(recipe), known)}")
-            layers.append((f"recipe {recipe}", {k: v for k, v in read_recipe(known[recipe]).items() if k != "about"}))
-        layers += [(str(file), from_file), ("flag", given)]
+        name = asked.get("recipe") or recipe_for(asked.get("arch", ""), _dataset_name(asked))
+        layers: list[tuple[str, Mapping[str, Any]]] = [(str(file), from_file), ("flag", given)]
+        if name not in (None, "none"):
+            layers.insert(0, (f"recipe {name}", _from_recipe(name)))
+            layers.insert(0, ("architecture and data set", {"recipe": name}))  # unless a later layer says so itself
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for origin, layer in layers:
+            for name in _left_behind(values, layer):
+                values.pop(name, None)
+                origins.pop(name, None)
             for name, value in layer.items():
-                converted = coerced(name, value)
                 # options of one table add up over the layers: --arch-opt dropout=true keeps the recipe's norm=batch
-                values[name] = {**values.get(name, {}), **converted} if isinstance(converted, dict) else converted
+                values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
                 origins[name] = origin
         return cls(**values, origins=origins)
 
     @classmethod
     def stored(cls, table: Mapping[str, Any]) -> TrainConfig:
         """The config of a run's config.toml or checkpoint: every value as it was, no recipe looked up."""
-        return cls(**{name: coerced(name, value) for name, value in table.items()}, origins=dict.fromkeys(table, "run"))
+        if unknown := [name for name in table if name not in _names()]:
+            coerced(unknown[0], None)
+        return cls(**table, origins=dict.fromkeys(table, "run"))
 
     def origin(self, name: str) -> str:
         """Which layer the value of field `name` came from."""
         return self.origins.get(name, "default")
 
     def settings(self) -> dict[str, Any]:
-        """Every field and its value as plain JSON and TOML types; None is left out, since TOML has no null."""
-        values = {f.name: getattr(self, f.name) for f in settings_fields()}
+        """Every field and its value as plain JSON and TOML types; None is left out, since TOML has no null.
+
+        They stand for themselves: the recipe that they came from is in them, so `recipe` is none.
+        """
+        values = {f.name: getattr(self, f.name) for f in settings_fields()} | {"recipe": "none"}
         return {name: _plain(value) for name, value in values.items() if value is not None and value != {}}
 
     def results(self) -> dict[str, Any]:
@@ -235,13 +255,18 @@ class TrainConfig:
 
     def run_name(self) -> str:
         """The run directory's name under runs/ unless the user gives one."""
-        arch = re.sub(r"[^\w.-]+", "-", self.arch.removesuffix(".py")).strip("-.")
+        arch = Path(self.arch).name.replace(".py:", "-") if ".py:" in self.arch else self.arch
+        arch = re.sub(r"[^\w.-]+", "-", arch).strip("-.")
         return self.name or f"{arch}-{_dataset_name({'dataset': self.dataset})}-{self.digest()}"
 
 
 def settings_fields() -> list[dataclasses.Field[Any]]:
     """The fields of TrainConfig that are settings, in the order of `--help`."""
     return [f for f in dataclasses.fields(TrainConfig) if f.metadata]
+
+
+def _names() -> list[str]:
+    return [f.name for f in settings_fields()]
 
 
 def flag_of(name: str) -> str:
@@ -267,39 +292,45 @@ def coerced(name: str, value: Any) -> Any:
 
     Raises UsageError for an unknown name or a value that is not of the type.
     """
-    known = [f.name for f in settings_fields()]
-    if name not in known:
-        raise UsageError(f"{name} is not a setting; {nearest(name, known)}")
+    if name not in _names():
+        raise UsageError(f"{name} is not a setting; {nearest(name, _names())}")
     kind, _ = type_of(name)
     try:
         return _convert(kind, value)
-    except (TypeError, ValueError) as error:
+    except _Unfit as error:
         raise UsageError(f"{flag_of(name)} {value}: {error}") from None
 
 
-def _convert(kind: Any, value: Any) -> Any:  # noqa: C901 - one branch a type
+class _Unfit(Exception):
+    """A value that is not of its field's type; the message says what to give."""
+
+
+def _convert(kind: Any, value: Any) -> Any:
     if get_origin(kind) is dict:
         return _options(value)
     if get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(float(part) for part in parts)
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        return tuple(_number(float, part) for part in parts)
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        raise ValueError("give true or false")
-    if kind is int:
-        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-            raise ValueError("give a whole number")
-        return int(value)
-    if kind is float:
-        if isinstance(value, bool):
-            raise ValueError("give a number")
-        return float(value)
-    if kind is Path:
-        return Path(value).expanduser()
-    return str(value)
+        if str(value).lower() not in ("true", "false"):
+            raise _Unfit("give true or false")
+        return str(value).lower() == "true"
+    if kind in (int, float):
+        return _number(kind, value)
+    if not isinstance(value, str | Path):
+        raise _Unfit("give text")
+    return Path(value).expanduser() if kind is Path else str(value)
+
+
+def _number(kind: type[int] | type[float], value: Any) -> int | float:
+    whole = kind is int
+    try:
+        number = kind(value)
+        if isinstance(value, bool) or (whole and isinstance(value, float) and value != number):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise _Unfit(f"give a {'whole ' if whole else ''}number") from None
+    return number
 
 
 def _options(value: Any) -> dict[str, str]:
@@ -310,7 +341,7 @@ def _options(value: Any) -> dict[str, str]:
     for item in [value] if isinstance(value, str) else value:
         key, equals, text = str(item).partition("=")
         if not equals or not key:
-            raise ValueError("give key=value")
+            raise _Unfit("give key=value")
         pairs[key.strip()] = text.strip()
     return pairs
 
@@ -327,6 +358,43 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _left_behind(values: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:
+    """The settings among `values` that belong to something which `layer` chooses otherwise."""
+    left = ["steps"] if "epochs" in layer else []
+    for name, belongings in BELONGS.items():
+        before = values.get(name, getattr(TrainConfig, name))
+        if name in layer and _bare(layer[name]) != _bare(before):
+            left += belongings
+    return left
+
+
+def _bare(value: Any) -> Any:
+    """A plugin's name without its distribution."""
+    return value.rpartition("::")[2] if isinstance(value, str) else value
+
+
+def _from_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe. Raises PluginError naming its distribution if they are none."""
+    recipe = find_recipe(name)
+    try:
+        return {key: coerced(key, value) for key, value in read_recipe(recipe).items()}
+    except PluginError:
+        raise
+    except UsageError as error:
+        raise PluginError(f"recipe {recipe.name} of {recipe.distribution}: {error}") from None
+
+
+def _config_of_run(resume: str) -> Path | None:
+    """The config.toml of the run that `--resume PATH` means; None where it is no path."""
+    if resume in ("auto", "none"):
+        return None
+    path = Path(resume)
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    if not (run / RUN_CONFIG).is_file():
+        raise UsageError(f"--resume {resume}: no run is there; give a run directory, auto or none")
+    return run / RUN_CONFIG
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -398,6 +466,8 @@ def _check_ranges(config: TrainConfig) -> None:
         if not inside:
             interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
             raise UsageError(f"{flag_of(name)} {value}: give a fraction in {interval}")
+    if config.name is not None and (not config.name or Path(config.name).name != config.name):
+        raise UsageError(f"--name {config.name}: give a plain name; --output takes a path")
     for name in ("mean", "std"):
         value = getattr(config, name)
         if value is not None and (len(value) not in (1, 3) or any(not 0 <= v <= 1 for v in value)):

@@ -113,9 +113,8 @@ class Plan:
         ]
 
 
-@functools.lru_cache(
-    maxsize=2
-)  # the epoch being read and, near its end, the one prefetched; a pure function, so no state
+# the epoch being read and, near its end, the one prefetched; of a pure function, so no state
+@functools.lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return keyed.order(n, seed, epoch)
 
@@ -139,8 +138,10 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
     per_epoch = train_size // batch
     total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
     warmup = round(config.warmup_epochs * per_epoch)
-    if config.origin("warmup_epochs").startswith("recipe"):  # meant for the recipe's length: a short trial keeps half
-        warmup = min(warmup, total // 2)
+    if config.origin("warmup_epochs") not in ("flag", "default"):
+        warmup = min(
+            warmup, total // 2
+        )  # a recipe's or an older run's, meant for its own length: a short trial keeps half
     if warmup and warmup >= total:
         raise UsageError(
             f"--warmup-epochs {config.warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
@@ -148,6 +149,7 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
         )
     function = schedules.SCHEDULES[config.schedule]
     options = parse_options(function, config.schedule_opt, what=f"schedule {config.schedule}")
+    schedules.check(config.schedule, options)
     return Plan(
         seed=config.seed,
         train_size=train_size,

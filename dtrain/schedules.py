@@ -8,8 +8,10 @@ all and is applied around them by `factor`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from dtrain.errors import UsageError
 
 Schedule = Callable[..., float]
 
@@ -65,6 +67,28 @@ SCHEDULES: dict[str, Schedule] = {
     "multistep": multistep,
     "trapezoid": trapezoid,
 }
+
+
+# lowest, highest, whether the lowest itself is allowed, whether the highest is; of each number of an option
+RANGES = {
+    "final": (0.0, math.inf, True, False),
+    "start": (0.0, math.inf, True, False),
+    "gamma": (0.0, math.inf, True, False),
+    "peak": (0.0, 1.0, False, False),
+    "every": (0.0, 1.0, False, True),
+    "decay": (0.0, 1.0, False, True),
+    "milestones": (0.0, 1.0, False, False),
+}
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option of schedule `name` outside its range: it would make a rate that is none."""
+    for option, value in options.items():
+        low, high, low_in, high_in = RANGES[option]
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (low < number < high or (number == low and low_in) or (number == high and high_in)):
+                interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
+                raise UsageError(f"schedule {name}: {option}={number:g}: give a number in {interval}")
 
 
 def factor(name: str, seen: int, total: int, *, warmup: int, batch: int, options: dict[str, Any]) -> float:

@@ -9,6 +9,9 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from dtrain.errors import UsageError
+from dtrain.world import place
+
 CODE_FILE = "DTRAIN_EXIT_CODE_FILE"  # where the process that tells an error leaves its exit code
 
 
@@ -31,6 +34,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which save and leave together.
     """
+    if (size := place().size) > 1:
+        raise UsageError(f"--nproc {nproc}: torchrun has already started {size} processes; leave it out")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -8,12 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from dtrain.config import TrainConfig, settings_fields
-from dtrain.plugins import Kind, listed
+from dtrain.plugins import Kind, listed, recipes
 
 
 def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
     """A row for each plugin of a kind: name, where it comes from. Nothing is imported."""
     return [asdict(plugin) for plugin in listed(kind)]
+
+
+def recipe_rows() -> list[dict[str, Any]]:
+    """A row for each recipe, with its file. Nothing is imported and no recipe read."""
+    return [asdict(recipe) for recipe in recipes()]
 
 
 def config_rows(config: TrainConfig) -> list[dict[str, Any]]:

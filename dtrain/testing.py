@@ -1,0 +1,155 @@
+"""What authors of plugins check their package with (plugins/README.md); any test framework will do, or none.
+
+Each function returns in silence or raises one line: PluginError where the trainer would refuse the plugin itself,
+AssertionError where a run with it could not be trusted. Both take some tenths of a second on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain import plugins
+from dtrain.errors import PluginError
+from dtrain.keyed import Stream, torch_seed
+from dtrain.model.optimization import Packed, pack, set_lr, unpack
+from dtrain.model.rehearsal import digest_of, first_output, noise
+from dtrain.model.step import loss_of
+
+
+def check_architecture(
+    architecture: str | Callable[..., Any],
+    *,
+    image_size: int = 32,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    **options: Any,
+) -> None:
+    """Check an architecture, by name or as the function itself, on square images, with `options` in their own types.
+
+    It gives [b, num_classes] logits, the same weights from the same key, a gradient to every parameter, and a state
+    dict from which another instance answers the same.
+    """
+    name, function = _loaded("architecture", architecture)
+    images = noise(0, (2, in_channels, image_size, image_size), torch.float32)
+    offered = {"in_channels": in_channels, "image_size": image_size}
+    passed = {key: value for key, value in offered.items() if plugins.accepts(function, key)}
+
+    def built(seed: int) -> nn.Module:
+        torch.manual_seed(torch_seed(seed, Stream.INIT))
+        module = function(num_classes, **passed, **options)
+        if not isinstance(module, nn.Module):
+            raise PluginError(f"architecture {name} returns a {type(module).__name__}, not a torch.nn.Module")
+        return module
+
+    with torch.random.fork_rng(devices=[]):
+        module, twin, other = built(0), built(0), built(1)
+        _hold(
+            digest_of(_tensors(module)) == digest_of(_tensors(twin)),
+            f"architecture {name} has other weights each time; draw them from torch's generator alone",
+        )
+        first_output(module, images, name, num_classes)
+        losses_N, _ = loss_of(module(images), torch.arange(2) % num_classes, 0.0)
+        torch.autograd.backward(losses_N.mean())
+        for parameter, value in module.named_parameters():
+            if value.requires_grad:
+                _hold(value.grad is not None, f"architecture {name}: parameter {parameter} gets no gradient")
+        try:
+            other.load_state_dict(_tensors(module))
+        except RuntimeError as error:
+            raise AssertionError(f"architecture {name}: its state dict does not load back: {error}") from None
+        with torch.no_grad():
+            same = torch.equal(_logits(module.eval()(images)), _logits(other.eval()(images)))
+        _hold(same, f"architecture {name} answers otherwise after its state dict was loaded; register what is missing")
+
+
+def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **options: Any) -> None:
+    """Check an optimizer, by name or as the function itself, on a convolution, a norm and a classifier.
+
+    It takes every parameter, moves each by finite amounts, stands still at a rate of 0 (so that a schedule governs
+    it), and goes on from its saved state with the same bits.
+    """
+    name, function = _loaded("optimizer", optimizer)
+    images, labels = noise(0, (8, 3, 8, 8), torch.float32), torch.arange(8) % 4
+
+    def built(module: nn.Module) -> torch.optim.Optimizer:
+        parameters = list(module.parameters())
+        groups = [{"params": [p for p in parameters if p.ndim >= 2]}, {"params": [p for p in parameters if p.ndim < 2]}]
+        made = function(groups, lr=lr, **options)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise PluginError(f"optimizer {name} returns a {type(made).__name__}, not a torch.optim.Optimizer")
+        for group in made.param_groups:
+            group["initial_lr"] = group["lr"]
+        return made
+
+    def step(module: nn.Module, made: torch.optim.Optimizer, factor: float) -> None:
+        set_lr(made, factor)
+        made.zero_grad(set_to_none=True)
+        losses_N, _ = loss_of(module(images), labels, 0.0)
+        torch.autograd.backward(losses_N.mean())
+        made.step()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(0, Stream.INIT))
+        module = nn.Sequential(
+            nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)
+        )
+        made = built(module)
+        held = [p for group in made.param_groups for p in group["params"]]
+        _hold({*held} == {*module.parameters()}, f"optimizer {name} does not hold every parameter it was given")
+        before = {key: value.detach().clone() for key, value in module.named_parameters()}
+        step(module, made, 0.0)
+        for key, value in module.named_parameters():
+            _hold(torch.equal(value, before[key]), f"optimizer {name} moves at lr 0, so no schedule rules it")
+        for _ in range(2):
+            step(module, made, 1.0)
+        for key, value in module.named_parameters():
+            _hold(not torch.equal(value, before[key]), f"optimizer {name} does not move {_KINDS[value.ndim >= 2]}")
+            _hold(bool(value.isfinite().all()), f"optimizer {name} makes weights that are not finite")
+        twin = copy.deepcopy(module)
+        again = built(twin)
+        unpack(again, twin, _through_a_file(name, pack(made, module)))
+        for one, its in ((module, made), (twin, again)):
+            step(one, its, 0.5)
+        _hold(
+            digest_of(_tensors(module)) == digest_of(_tensors(twin)),
+            f"optimizer {name} goes on otherwise from its saved state; keep all of it in optimizer.state",
+        )
+
+
+_KINDS = {True: "matrices and filters", False: "biases and norms"}
+
+
+def _loaded(kind: plugins.Kind, plugin: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
+    if isinstance(plugin, str):
+        return plugin, plugins.load(plugins.find(kind, plugin))
+    return getattr(plugin, "__name__", type(plugin).__name__), plugin
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint would hold."""
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output[0] if isinstance(output, tuple) else output
+    return logits
+
+
+def _through_a_file(name: str, packed: Packed) -> Packed:
+    """What comes back of an optimizer's state from a checkpoint: copies of tensors, and JSON."""
+    try:
+        scalars = json.loads(json.dumps(packed.scalars))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"optimizer {name} keeps state that is no tensor and no number: {error}") from None
+    return Packed({key: value.clone() for key, value in packed.tensors.items()}, scalars)
+
+
+def _hold(claim: bool, otherwise: str) -> None:
+    if not claim:
+        raise AssertionError(otherwise)
