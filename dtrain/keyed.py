@@ -32,6 +32,7 @@ class Stream(IntEnum):
     CUTOUT = 7
     REHEARSAL = 8
     SYNTHETIC = 9
+    CHECKSUM = 10
 
 
 def _mix(z: Keys) -> Keys:

@@ -219,6 +219,7 @@ class Training:
             "top1_fraction": sums.top1_fraction,
             "lr": self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
             "images_in_interval": sums.images,
+            "checksum": sums.checksum,
             "clock": {
                 "images_per_second": images_per_second,
                 "data_wait_fraction": waited / max(seconds, 1e-9),

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,11 @@ from dtrain.run.rundir import comparable, read_record, read_rows
 
 POLL_SECONDS = 0.02
 PARTS = ("network", "optimizer", "ema")
+PROVEN = {
+    "resume": "proven: stopped and killed, the run ends with the bits of the unbroken one",
+    "ranks": "proven: the same samples, draws, schedule and counts in every world. Weights may differ, by rounding and by "
+    "layers that see one process's share at a time, such as batch norm: the table says from which step, and how far",
+}
 
 
 def _command(flags: Sequence[str], output: Path) -> list[str]:
@@ -36,7 +42,10 @@ def _command(flags: Sequence[str], output: Path) -> list[str]:
 def _run(flags: Sequence[str], output: Path) -> None:
     done = subprocess.run(_command(flags, output), capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"the run to be proven ends with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[
+            -1:
+        ]
+        raise UsageError(f"the run to be proven ends with {done.returncode}: {' '.join(told)}")
 
 
 def _step_of(output: Path) -> int:
@@ -47,11 +56,12 @@ def _step_of(output: Path) -> int:
 
 
 def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Signals) -> int:
-    """Start the run and send it `how` once it has saved a step at or past `step`; returns the exit code."""
+    """Start the run and send it `how` once it has itself saved a step at or past `step`; returns the exit code."""
+    before = _step_of(output)
     process = subprocess.Popen(
         _command(flags, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while process.poll() is None and _step_of(output) < step:
+    while process.poll() is None and _step_of(output) < max(step, before + 1):
         time.sleep(POLL_SECONDS)
     if process.poll() is None:
         if how is signal.SIGKILL:  # the launcher's workers too: they are of its session
@@ -63,13 +73,9 @@ def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Sig
 
 def digests(output: Path) -> dict[str, str]:
     """What two equal runs have equal: SHA-256 of each part of the last checkpoint and of the train and eval rows."""
-    found = checkpoint.find(output / "checkpoints").path
-    if found is None:
-        raise ProofError(f"{output}: the run left no sound checkpoint")
-    saved = checkpoint.load(found)
+    saved = _load_last(output)
     parts = {name: checkpoint.digest(saved.parts[name]) for name in PARTS if name in saved.parts}
-    rows = hashlib.sha256(canonical_json(comparable(read_rows(output)))).hexdigest()
-    return {"step": str(saved.step), **parts, "rows": rows}
+    return {"step": str(saved.step), **parts, "rows": _digest(comparable(read_rows(output)))}
 
 
 def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
@@ -88,8 +94,9 @@ def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
             code = _interrupt_at(flags, broken, step, how)
             history.append({"asked_at_step": step, "by": how.name, "exit_code": code})
         _run(flags, broken)
+        after = digests(broken)
         rows = [
-            {"part": name, "straight": value, "stopped": digests(broken)[name], "equal": digests(broken)[name] == value}
+            {"part": name, "straight": value, "stopped": after[name], "equal": after[name] == value}
             for name, value in digests(straight).items()
         ]
         if not all(row["equal"] for row in rows):
@@ -98,13 +105,11 @@ def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
 
 
 def _first_difference(a: Path, b: Path) -> str:
-    saved = [checkpoint.find(path / "checkpoints").path for path in (a, b)]
-    if None not in saved:
-        left, right = (checkpoint.load(path) for path in saved if path is not None)
-        for part in PARTS:
-            difference = checkpoint.first_difference(left.parts.get(part, {}), right.parts.get(part, {}))
-            if difference is not None:
-                return f"{part}: {difference}"
+    left, right = _load_last(a), _load_last(b)
+    for part in PARTS:
+        difference = checkpoint.first_difference(left.parts.get(part, {}), right.parts.get(part, {}))
+        if difference is not None:
+            return f"{part}: {difference}"
     rows = [comparable(read_rows(path)) for path in (a, b)]
     for one, other in zip(*rows, strict=False):
         if one != other:
@@ -113,55 +118,79 @@ def _first_difference(a: Path, b: Path) -> str:
 
 
 def prove_ranks(flags: Sequence[str], *, worlds: Sequence[int]) -> dict[str, Any]:
-    """The run of `flags` in every world size: the same samples, draws and schedule; how far weights drift.
+    """The run of `flags` in every world size, as it really went.
 
-    Samples and draws are functions of (seed, step) and are compared as the digest of every step's global batch and
-    decisions as each world's shares put them together; rates and counts of images by the rows. Raises ProofError.
+    Must be equal, else ProofError: samples and draws (each step's checksum, summed over the processes), schedule, and
+    the counts that each world finds for one and the same checkpoint. Told: at which step rounding first shows in the
+    loss, and how far the final weights are then apart from the first world's.
     """
-    from dtrain.config import TrainConfig
-    from dtrain.data.augment import Augmentation, decide
-    from dtrain.plan import make_plan
-
     with tempfile.TemporaryDirectory(prefix="dtrain-prove-") as folder:
+        outputs = {world: Path(folder) / f"world-{world}" for world in worlds}
+        for world, output in outputs.items():
+            _run([*flags, "--log-interval", "1", "--nproc", str(world)], output)
+        one = outputs[worlds[0]]
+        common = _load_last(one)
+        losses = {world: [r["loss"] for r in _rows(output, "train")] for world, output in outputs.items()}
         rows: list[dict[str, Any]] = []
-        for world in worlds:
-            output = Path(folder) / f"world-{world}"
-            _run([*flags, "--nproc", str(world)], output)
-            found = checkpoint.find(output / "checkpoints").path
-            if found is None:
-                raise ProofError(f"{output}: the run left no sound checkpoint")
-            saved = checkpoint.load(found)
-            config = TrainConfig.stored(saved.about["config"])
-            train_size = int(saved.about["train_size"])
-            plan = make_plan(config, train_size=train_size, world_size=world)
-            augmentation = Augmentation(config.seed, config.flip, config.shift, config.cutout)
-            seen = hashlib.sha256()
-            for step in range(plan.total_steps):
-                for rank in range(world):
-                    share = plan.share_of(step, rank)
-                    seen.update(share.tobytes())
-                    seen.update(decide(augmentation, plan.epoch_at(step), share, saved.about["image_size"]).tobytes())
-            told = read_rows(output)
-            rates = [[row["step"], row["lr"], row["samples"]] for row in told if row["kind"] == "train"]
-            counts = [[row["step"], row["images"]] for row in told if row["kind"] == "eval"]
+        for world, output in outputs.items():
+            steps = _rows(output, "train")
+            again = _evaluate_again(flags, one, Path(folder) / f"evaluated-{world}", world)
             rows.append(
                 {
                     "world": world,
-                    "samples_and_draws": seen.hexdigest(),
-                    "schedule": hashlib.sha256(canonical_json([rates, counts])).hexdigest(),
-                    "network": saved.parts["network"],
+                    "samples_and_draws": _digest([[r["step"], r["samples"], r["checksum"]] for r in steps]),
+                    "schedule": _digest([[r["step"], r["lr"]] for r in steps]),
+                    "evaluation": _digest(again),
+                    "hits": " ".join(f"{row['hits']}/{row['images']}" for row in again),
+                    "loss_differs_from_step": _first_unequal(losses[worlds[0]], losses[world]),
+                    "largest_weight_difference": _distance(common, _load_last(output)),
                 }
             )
-        first = rows[0]["network"]
-        for row in rows:
-            network = row.pop("network")
-            row["largest_weight_difference"] = max(
-                float((network[name].double() - first[name].double()).abs().max()) for name in first
-            )
-        for what in ("samples_and_draws", "schedule"):
+        for what in ("samples_and_draws", "schedule", "evaluation"):
             if len({row[what] for row in rows}) > 1:
                 raise ProofError(f"{what} differ between worlds: {[(row['world'], row[what][:12]) for row in rows]}")
         return {"proof": "ranks", "rows": rows}
+
+
+def _rows(output: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in comparable(read_rows(output)) if row["kind"] == kind]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _load_last(output: Path) -> checkpoint.Checkpoint:
+    found = checkpoint.find(output / checkpoint.FOLDER).path
+    if found is None:
+        raise ProofError(f"{output}: the run left no sound checkpoint")
+    return checkpoint.load(found)
+
+
+def _first_unequal(a: Sequence[float], b: Sequence[float]) -> int | None:
+    """The first step, counted from 1, at which two runs' losses differ."""
+    return next((step for step, (one, other) in enumerate(zip(a, b, strict=True), start=1) if one != other), None)
+
+
+def _distance(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> float:
+    left, right = a.parts["network"], b.parts["network"]
+    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+
+
+def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -> list[dict[str, Any]]:
+    """What `world` processes count for the last checkpoint of `run`, as if a stop had left its evaluation due."""
+    saved = _load_last(run)
+    shutil.copytree(run, output, ignore=shutil.ignore_patterns(checkpoint.FOLDER, "lock"))
+    (output / checkpoint.FOLDER).mkdir()
+    checkpoint.save(
+        output / checkpoint.FOLDER,
+        saved.step,
+        saved.parts,
+        {**saved.state, "eval_due": True, "best": None},
+        saved.about,
+    )
+    _run([*flags, "--nproc", str(world)], output)
+    return [row for row in _rows(output, "eval") if row["step"] == saved.step]
 
 
 def report(result: dict[str, Any], *, as_json: bool) -> None:
@@ -175,4 +204,4 @@ def report(result: dict[str, Any], *, as_json: bool) -> None:
             print(
                 f"interrupted by {stop['by']} at step {stop['asked_at_step']} or later, exit code {stop['exit_code']}"
             )
-        print(f"proven: {result['proof']}")
+        print(PROVEN[result["proof"]])

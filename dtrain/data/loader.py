@@ -23,6 +23,7 @@ from torch import Tensor
 from dtrain.data.augment import Augmentation, decide, lookup_table, move_pixels
 from dtrain.data.beton import Beton
 from dtrain.errors import DataError, UsageError
+from dtrain.keyed import Stream, key
 
 AHEAD = 2  # batches that wait, ready: one to hide the making of the next, one for a slow one
 POLL_SECONDS = 0.05

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 LOSS_UNIT = 2.0**-20  # a loss of 2.3 is 2,411,724 units; 2^63 of them are 8.8e12 images at loss 1
-FIELDS = 5  # images, hits, hits among the first five, loss units, non-finite losses
+FIELDS = 6  # images, hits, hits among the first five, loss units, non-finite losses, checksum
 
 
 def no_sums(device: torch.device) -> Tensor:
-    """The sums of no image: int64 [5] of zeros on `device`."""
+    """The sums of no image: int64 [6] of zeros on `device`."""
     return torch.zeros(FIELDS, dtype=torch.int64, device=device)
 
 
@@ -24,8 +24,9 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels_N: Tensor, *, top5: bool
     """Sums of one batch, to be added over batches and processes and divided once at the end.
 
     losses_N: (N,) float32; logits_NK: (N, K) any float type; labels_N: (N,) int64 in [0, K).
-    Returns (5,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
-    and the count of losses that are not finite, which add nothing to the sum. For K < 5 top-5 is top-K. No host sync.
+    Returns (6,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
+    the count of losses that are not finite, which add nothing to the sum, and 0 in the place of the batch's checksum.
+    For K < 5 top-5 is top-K. No host sync.
     """
     finite_N = losses_N.isfinite()
     units = (torch.where(finite_N, losses_N, 0.0) / LOSS_UNIT).round().to(torch.int64).sum()
@@ -35,7 +36,7 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels_N: Tensor, *, top5: bool
         best_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), dim=1).indices
         hits5 = (best_N5 == labels_N[:, None]).sum()
     images = torch.full_like(hits, labels_N.shape[0])
-    return torch.stack((images, hits, hits5, units, (~finite_N).sum()))
+    return torch.stack((images, hits, hits5, units, (~finite_N).sum(), torch.zeros_like(hits)))
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ class Sums:
     hits5: int
     loss_units: int
     nonfinite: int
+    checksum: int
 
     @classmethod
     def of(cls, values: Sequence[int]) -> Sums:
-        """From the five integers of `sums_of`, summed over all processes."""
+        """From the six integers of `sums_of`, summed over all processes."""
         return cls(*values)
 
     @property

@@ -63,8 +63,8 @@ def train_step(
 ) -> Tensor:
     """One update from this process's share of a batch, in micro-batches; then the EMA.
 
-    Returns the sums of the share, int64 [5] on the device (metrics.sums_of). Collective: gradients are averaged over
-    processes in the last micro-batch's backward pass. Gradients are unscaled before they are clipped.
+    Returns the sums of the share with its checksum, int64 [6] on the device (metrics.sums_of). Collective: gradients
+    are averaged over processes in the last micro-batch's backward pass, and unscaled before they are clipped.
     """
     optimizer.zero_grad(set_to_none=True)
     images, labels = torch.split(batch.images, options.micro_batch), torch.split(batch.labels, options.micro_batch)
@@ -84,12 +84,14 @@ def train_step(
     scaler.update()
     if ema is not None:
         ema.update_parameters(network.module)
-    return torch.stack(sums).sum(0)
+    total = torch.stack(sums).sum(0)
+    total[-1] += batch.checksum
+    return total
 
 
 @torch.no_grad()
 def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode, int64 [5].
+    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode, int64 [6].
 
     And for each image whether its class came first, bool [N]. No collective, no host sync.
     """
