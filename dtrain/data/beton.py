@@ -174,11 +174,17 @@ def _sidecar(path: Path) -> dict[str, Any]:
     sidecar = path.with_suffix(".json")
     try:
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        if set(facts) >= {"split", "images", "image_size", "class_names", "mean", "std", "sha256", "source_digest"}:
+        if (
+            set(facts) >= {"split", "images", "image_size", "class_names", "sha256", "source_digest"}
+            and len(facts["mean"]) == len(facts["std"]) == facts["channels"] == 3
+            and all(0 <= mean <= 1 for mean in facts["mean"])
+            and all(0 < std <= 1 for std in facts["std"])
+            and all(isinstance(name, str) for name in facts["class_names"])
+        ):
             return dict(facts)
-        reason = "lacks entries"
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error)
+        reason = "lacks entries or has wrong ones"
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {error}"
     raise DataError(f"{sidecar}: {reason}; remove the folder and convert the data set again")
 
 
