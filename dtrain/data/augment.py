@@ -53,8 +53,8 @@ def decide(augmentation: Augmentation, epoch: int, indices: npt.NDArray[np.int64
 def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
     """What each byte becomes, [C, 256]: (v / 255 - mean) / std in float32, and that rounded to float16 or bfloat16.
 
-    So a batch in a short type is the float32 batch, cast. bfloat16 is carried as the uint16 of its bits, rounded to
-    nearest even: numpy has no such type.
+    So a batch in a short type is the float32 batch, cast. The short types are carried as the uint16 of their bits:
+    numpy has no bfloat16, which is rounded to nearest even here, and numba's compiler no float16.
     """
     values: npt.NDArray[Any] = (
         (np.arange(256)[None, :] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
@@ -62,8 +62,8 @@ def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) ->
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    else:
-        values = values.astype(dtype)
+    elif dtype == "float16":
+        values = values.astype(np.float16).view(np.uint16)
     return values
 
 

@@ -134,8 +134,8 @@ class Loader:
         else:
             table, cutout = np.zeros((count, 5), dtype=np.int32), 0
         pin = self._copies is not None
-        # written as the bits of the type: numpy has no bfloat16
-        carrier = torch.uint16 if self._dtype == torch.bfloat16 else self._dtype
+        # short types are written as their bits, which the kernel's table holds
+        carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
         images_NHWC = torch.empty((count, size, size, channels), dtype=carrier, pin_memory=pin)
         out = images_NHWC.numpy()
 
