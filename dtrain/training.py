@@ -360,6 +360,8 @@ class Training:
         """The network, rehearsed: what is wrong with it is told now."""
         config, size, classes = self.config, beton.image_size, len(beton.class_names)
         module = build_module(config, num_classes=classes, in_channels=beton.channels, image_size=size)
+        # before DDP, which would hide a difference by sending rank 0's
+        self.world.same(rehearsal.digest_of(module.state_dict()), f"the initial network of architecture {config.arch}")
         noise = rehearsal.noise(config.seed, (2, beton.channels, size, size), torch.float32)
         rehearsal.first_output(module, noise, config.arch, classes)
         moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)

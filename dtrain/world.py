@@ -289,16 +289,17 @@ class World:
         return error
 
     def _silent(self) -> ProcessError:
+        """Who fell silent: of those that have not given up as well, who shows no sign of life, else all of them."""
         try:
+            self._store.set(f"gave up/{self.rank}", "")
             before = self._beats()
             time.sleep(2.5 * BEAT_SECONDS)
             after = self._beats()
+            waiting = [rank for rank in range(self.size) if not self._store.check([f"gave up/{rank}"])]
         except RuntimeError:
             return ProcessError("process 0, which keeps the store, went away; run the same command again to go on")
-        silent = [rank for rank in range(self.size) if after[rank] == before[rank]]
-        slowest = min(count for count, _ in after)
-        names = silent or [rank for rank, (count, _) in enumerate(after) if count == slowest]
-        listed = ", ".join(f"{rank} (last seen after {after[rank][0]} steps here)" for rank in names[:8])
+        silent = [rank for rank in waiting if after[rank] == before[rank]] or waiting or range(self.size)
+        listed = ", ".join(f"{rank} (seen after {after[rank][0]} steps of this start)" for rank in silent[:8])
         return ProcessError(
             f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
             "run the same command again to go on from the last checkpoint"

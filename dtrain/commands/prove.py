@@ -29,8 +29,8 @@ POLL_SECONDS = 0.02
 PARTS = ("network", "optimizer", "ema")
 PROVEN = {
     "resume": "proven: stopped and killed, the run ends with the bits of the unbroken one",
-    "ranks": "proven: the same samples, draws, schedule and counts in every world. Weights may differ, by rounding and by "
-    "layers that see one process's share at a time, such as batch norm: the table says from which step, and how far",
+    "ranks": "proven: the same samples, draws, schedule and counts in every world. Weights may differ, by rounding and "
+    "by layers that see one process's share at a time, as batch norm does: the table says from which step, and how far",
 }
 
 
