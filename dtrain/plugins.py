@@ -97,8 +97,8 @@ def load(plugin: Plugin) -> Callable[..., Any]:
         return functools.partial(target.build, member)
     if not callable(target):
         raise PluginError(
-            f"{plugin.kind} {plugin.name} of {plugin.distribution} ({plugin.value}) is a {type(target).__name__}, "
-            "not a function; see plugins/README.md"
+            f"{plugin.kind} {plugin.name} of {plugin.distribution} ({plugin.value}) is of type "
+            f"{type(target).__name__}, not a function; see plugins/README.md"
         )
     function: Callable[..., Any] = target
     return function
