@@ -70,12 +70,10 @@ def pixels_in(beton: Beton) -> Pixels:
 
 
 @pytest.fixture
-def ffcv(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """FFCV, imported through our one door, which keeps that cheap; what comes with it is put back in order."""
+def ffcv() -> Iterator[None]:
+    """FFCV, imported through our one door, which keeps that cheap and without traces."""
     if importlib.util.find_spec("ffcv") is None:
         pytest.skip("FFCV is not installed")
-    for name in ("LD_LIBRARY_PATH", "QT_QPA_FONTDIR", "QT_QPA_PLATFORM_PLUGIN_PATH"):  # OpenCV sets them
-        monkeypatch.setenv(name, os.environ.get(name, ""))
     import dtrain.data.ffcv_reader  # noqa: F401
 
     yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from queue import Empty, Full
@@ -46,7 +47,19 @@ def _no_typed_dict() -> Iterator[None]:
         numba.typed.Dict = kept
 
 
-with _threads_kept(), _no_typed_dict():
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """OpenCV, which FFCV imports, sets LD_LIBRARY_PATH and Qt's paths for every process that is started later."""
+    kept = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - kept.keys():
+            del os.environ[name]
+        os.environ.update(kept)
+
+
+with _threads_kept(), _environment_kept(), _no_typed_dict():
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator

@@ -1,0 +1,437 @@
+"""Claims about batches: batch k is a function of (seed, k), whoever reads it and however it is reached."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_augment import MEAN, STD, reference
+from test_beton import Pixels, converted, finished, pixels_of, source_of
+
+from dtrain import keyed
+from dtrain.config import TrainConfig
+from dtrain.data.augment import Augmentation, decide, lookup_table
+from dtrain.data.beton import Beton
+from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.loader import Batch, Loader, Request, open_loader
+from dtrain.errors import DataError
+from dtrain.plan import Plan, make_plan
+
+COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
+CPU = torch.device("cpu")
+AUGMENTATION = Augmentation(seed=7, flip=True, shift=3, cutout=5)
+
+KINDS = ["memory", "ffcv"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return needed(request.param)
+
+
+def needed(kind: str) -> str:
+    if kind == "ffcv" and importlib.util.find_spec("ffcv") is None:
+        pytest.skip("FFCV is not installed")
+    return kind
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Pixels:
+    return pixels_of(COUNT, SIZE)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, pixels: Pixels) -> DataSet:
+    train = converted(tmp_path_factory.mktemp("train"), source_of(pixels, pixels[:1]))
+    test = converted(tmp_path_factory.mktemp("test"), source_of(pixels[::-1].copy(), pixels[:1]))
+    return DataSet(train, np.arange(COUNT), test, np.arange(COUNT), "test")
+
+
+@pytest.fixture
+def beton(dataset: DataSet) -> Beton:
+    return dataset.train
+
+
+def config_of(**settings: Any) -> TrainConfig:
+    given = {
+        "batch_size": BATCH,
+        "epochs": 3,
+        "seed": 7,
+        "flip": True,
+        "shift": 3,
+        "cutout": 5,
+        "mean": MEAN,
+        "std": STD,
+    }
+    return TrainConfig(arch="allcnn_c", dataset="pets", **{**given, **settings})
+
+
+def plan_of(config: TrainConfig, world: int = 1) -> Plan:
+    return make_plan(config, train_size=COUNT, world_size=world)
+
+
+def requests(plan: Plan, rank: int = 0) -> Callable[[int], Request | None]:
+    def request_at(step: int) -> Request | None:
+        return Request(plan.share_of(step, rank), plan.epoch_at(step)) if step < plan.total_steps else None
+
+    return request_at
+
+
+def opened(
+    beton: Beton,
+    request_at: Callable[[int], Request | None],
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+    augmentation: Augmentation | None = AUGMENTATION,
+    largest: int = BATCH,
+) -> Loader:
+    return open_loader(
+        beton,
+        request_at,
+        kind=kind,
+        augmentation=augmentation,
+        mean=MEAN,
+        std=STD,
+        dtype=dtype,
+        device=CPU,
+        kernel_threads=threads,
+        largest=largest,
+    )
+
+
+def digest(batch: Batch) -> str:
+    parts = [batch.images.permute(0, 2, 3, 1).view(torch.uint8), batch.labels, batch.indices]
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def walked(loader: Loader, steps: range) -> list[str]:
+    with loader:
+        return [digest(loader.batch(step)) for step in steps]
+
+
+# -- what a batch is -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_batch_k_is_what_numpy_makes_of_the_kth_part_of_the_epochs_order(
+    beton: Beton, pixels: Pixels, kind: str, dtype: torch.dtype
+) -> None:
+    lut = lookup_table(MEAN, STD, "float32")
+    with opened(beton, requests(plan_of(config_of())), kind, dtype=dtype) as loader:
+        for step in (0, 1, 4, 5, 12):
+            epoch, place = divmod(step, COUNT // BATCH)
+            wanted = keyed.order(COUNT, 7, epoch)[place * BATCH : (place + 1) * BATCH]
+            table = decide(AUGMENTATION, epoch, wanted, SIZE)
+            images = [reference(pixels[i], row, 5, lut) for i, row in zip(wanted, table.tolist(), strict=True)]
+            batch = loader.batch(step)
+            assert batch.indices.tolist() == wanted.tolist()
+            assert batch.labels.tolist() == (wanted * 7 % 3).tolist()
+            assert torch.equal(batch.images, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(dtype))
+
+
+def test_a_batch_has_channels_last_memory_and_the_types_of_its_contract(beton: Beton, kind: str) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with opened(beton, requests(plan_of(config_of())), kind, dtype=dtype) as loader:
+            batch = loader.batch(0)
+        assert (tuple(batch.images.shape), batch.images.dtype) == ((BATCH, 3, SIZE, SIZE), dtype)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert (batch.labels.dtype, tuple(batch.labels.shape)) == (torch.int64, (BATCH,))
+        assert (batch.indices.dtype, tuple(batch.indices.shape)) == (torch.int64, (BATCH,))
+
+
+def test_an_evaluation_sees_images_as_they_are(beton: Beton, pixels: Pixels, kind: str) -> None:
+    samples = np.array([5, 0, 102, 5])
+    request = Request(samples, None)
+    with opened(beton, lambda turn: request if turn == 0 else None, kind) as loader:
+        images = loader.batch(0).images.permute(0, 2, 3, 1)
+    wanted = (pixels[samples] / 255 - np.array(MEAN)) / np.array(STD)
+    np.testing.assert_allclose(images.numpy(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_batches_may_be_kept(beton: Beton, kind: str) -> None:
+    with opened(beton, requests(plan_of(config_of())), kind) as loader:
+        kept = [loader.batch(step) for step in range(15)]
+        digests = [digest(batch) for batch in kept[:3]]
+        kept[0].labels.zero_()  # and written to: nobody else's memory
+        kept[0].images.zero_()
+        assert [digest(loader.batch(step)) for step in range(3)] == digests == walked_before(beton, range(3))
+    assert len({batch.images.data_ptr() for batch in kept}) == 15
+
+
+def walked_before(beton: Beton, steps: range) -> list[str]:
+    """The digests of steps as the memory reader gives them, one after the other."""
+    return walked(opened(beton, requests(plan_of(config_of())), "memory"), steps)
+
+
+# -- however it is read, reached and shared --------------------------------------------------------------------------
+
+
+def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: Beton) -> None:
+    wanted = walked_before(beton, range(15))
+    assert len(set(wanted)) == 15
+    for kind in KINDS:
+        for threads in (1, 2, 3):
+            loader = opened(beton, requests(plan_of(config_of())), needed(kind), threads=threads)
+            assert walked(loader, range(15)) == wanted
+
+
+def test_a_jump_to_any_step_gives_what_walking_there_gives(beton: Beton, kind: str) -> None:
+    wanted = walked_before(beton, range(15))
+    for start in range(15):
+        loader = opened(beton, requests(plan_of(config_of())), kind)
+        assert walked(loader, range(start, min(start + 3, 15))) == wanted[start : start + 3]
+
+
+def test_steps_in_any_order_give_the_same_batches(beton: Beton, kind: str) -> None:
+    wanted = walked_before(beton, range(15))
+    steps = [14, 0, 1, 1, 7, 6, 5, 8, 9, 0, 13]
+    with opened(beton, requests(plan_of(config_of())), kind) as loader:
+        assert [digest(loader.batch(step)) for step in steps] == [wanted[step] for step in steps]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_shares_of_all_processes_are_the_batch_of_one(dataset: DataSet, kind: str, world: int) -> None:
+    config = config_of(loader=kind)
+    whole = dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU)
+    plan = plan_of(config, world)
+    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(world)]
+    for step in (0, 1, 6, 14):
+        batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
+        assert [len(part.labels) for part in parts] == [BATCH // world] * world
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+        assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
+    for loader in (whole, *shares):
+        loader.close()
+
+
+def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:
+    config = config_of(loader=kind)
+    seen = []
+    with dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+        for epoch in range(3):
+            steps = range(epoch * 5, epoch * 5 + 5)
+            seen.append([index for step in steps for index in loader.batch(step).indices.tolist()])
+        with pytest.raises(IndexError, match="there is no batch 15"):
+            loader.batch(15)
+    assert [len(set(epoch)) for epoch in seen] == [len(epoch) for epoch in seen] == [COUNT // BATCH * BATCH] * 3
+    assert len({tuple(epoch) for epoch in seen}) == 3
+    assert len(set().union(*seen)) == COUNT  # what one epoch leaves out the next ones read
+
+
+def test_a_loader_of_a_part_of_the_samples_reads_only_these(dataset: DataSet, kind: str) -> None:
+    part = replace(dataset, train_samples=np.arange(0, COUNT, 2))
+    config = config_of(loader=kind, epochs=2)
+    plan = make_plan(config, train_size=52, world_size=1)
+    with part.train_loader(config, plan, 0, torch.float32, CPU) as loader:
+        seen = [index for step in range(2) for index in loader.batch(step).indices.tolist()]
+    assert len(set(seen)) == 40
+    assert all(index % 2 == 0 for index in seen)
+
+
+def test_loaders_of_one_beton_do_not_disturb_each_other(beton: Beton, kind: str) -> None:
+    wanted = walked_before(beton, range(15))
+    first, second = (opened(beton, requests(plan_of(config_of())), kind) for _ in range(2))
+    with first, second:
+        for step in range(8):
+            assert digest(first.batch(step)) == wanted[step]
+            assert digest(second.batch(step + 7)) == wanted[step + 7]
+
+
+def test_a_beton_that_took_the_place_of_another_is_read(tmp_path: Path, kind: str) -> None:
+    request = Request(np.arange(4), None)
+    seen = []
+    for value in (10, 20):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        images = np.full((4, 8, 8, 3), value, np.uint8)
+        beton = converted(tmp_path, source_of(images, images[:1]))
+        with opened(beton, lambda turn: request if turn == 0 else None, kind, largest=4) as loader:
+            seen.append(float(loader.batch(0).images[0, 0, 0, 0]) * STD[0] + MEAN[0])
+    assert seen == pytest.approx([10 / 255, 20 / 255], abs=1e-6)
+
+
+# -- threads and errors ----------------------------------------------------------------------------------------------
+
+
+def test_100_abandoned_epochs_leave_no_thread(beton: Beton, kind: str) -> None:
+    before = set(threading.enumerate())
+    with opened(beton, requests(plan_of(config_of())), kind) as loader:
+        loader.batch(0)
+        running = len(threading.enumerate())
+        for epoch in range(50):
+            loader.batch(epoch * 4 % 15)  # never the next one: each a jump
+            assert len(threading.enumerate()) <= running
+    for start in range(50):
+        with opened(beton, requests(plan_of(config_of())), kind, threads=2) as loader:
+            loader.batch(start % 15)
+    assert set(threading.enumerate()) == before
+
+
+def test_a_loader_may_be_closed_before_its_first_batch_and_twice(beton: Beton, kind: str) -> None:
+    loader = opened(beton, requests(plan_of(config_of())), kind, threads=2)
+    loader.close()
+    loader.close()
+
+
+def failing_at(step: int, failures: list[Exception], plan: Plan) -> Callable[[int], Request | None]:
+    """Requests, made in the reader's thread, of which one fails as long as there are failures left."""
+
+    def request_at(asked: int) -> Request | None:
+        if asked == step and failures:
+            raise failures.pop()
+        return requests(plan)(asked)
+
+    return request_at
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_an_error_in_a_readers_thread_reaches_the_caller_and_the_loader_goes_on(
+    beton: Beton, kind: str, step: int
+) -> None:
+    wanted = walked_before(beton, range(15))
+    error = ZeroDivisionError("in the thread")
+    with opened(beton, failing_at(step, [error], plan_of(config_of())), kind) as loader:
+        assert [digest(loader.batch(before)) for before in range(step)] == wanted[:step]
+        started = time.monotonic()
+        with pytest.raises(ZeroDivisionError, match="in the thread"):
+            loader.batch(step)
+        assert time.monotonic() - started < 5
+        assert [digest(loader.batch(after)) for after in range(step, 15)] == wanted[step:]
+
+
+@pytest.mark.timeout(20)
+def test_an_error_in_the_kernels_thread_reaches_the_caller(beton: Beton, kind: str) -> None:
+    damaged = replace(beton, labels=beton.labels[:50])  # the 51st sample has pixels and no label
+    for index, error in ((49, None), (50, DataError)):
+        request = Request(np.array([0, index]), None)
+        with opened(damaged, lambda turn, request=request: request if turn < 2 else None, kind) as loader:
+            if error is None:
+                assert loader.batch(0).indices.tolist() == [0, 49]
+            else:
+                with pytest.raises(error):
+                    loader.batch(0)
+
+
+@pytest.mark.timeout(20)
+def test_a_beton_that_vanished_is_an_error_not_a_wait(tmp_path: Path, kind: str) -> None:
+    beton = converted(tmp_path, source_of(pixels_of(30, 8), pixels_of(1, 8)))
+    beton.path.unlink()
+    request = Request(np.arange(10), None)
+    with opened(beton, lambda turn: request, kind) as loader, pytest.raises(FileNotFoundError):
+        loader.batch(0)
+
+
+@pytest.mark.parametrize("indices", [[COUNT], [-1], [0, 1, 2**40]])
+def test_a_sample_that_is_not_there_is_refused_by_both_readers(beton: Beton, kind: str, indices: list[int]) -> None:
+    request = Request(np.array(indices), None)
+    with opened(beton, lambda turn: request, kind) as loader, pytest.raises(DataError, match="outside of its 103"):
+        loader.batch(0)
+
+
+def test_a_batch_larger_than_was_announced_is_refused(beton: Beton, kind: str) -> None:
+    request = Request(np.arange(21), None)
+    with (
+        opened(beton, lambda turn: request, kind) as loader,
+        pytest.raises(DataError, match="21 samples in a batch of 20"),
+    ):
+        loader.batch(0)
+
+
+def test_ffcv_leaves_threads_environment_and_numpys_generator_as_they_were(beton: Beton) -> None:
+    needed("ffcv")
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        import numba, numpy as np, torch
+        from dtrain.data.beton import open_beton
+        torch.set_num_threads(2)
+        np.random.seed(3)
+        before = torch.get_num_threads(), numba.get_num_threads(), dict(os.environ), repr(np.random.get_state())
+        beton = open_beton(Path(sys.argv[1]))
+        from dtrain.data.ffcv_reader import FfcvReader
+        reader = FfcvReader(beton, iter([np.arange(5)]), 5)
+        print(sum(int(flat.sum()) for flat, _ in reader))
+        reader.close()
+        after = torch.get_num_threads(), numba.get_num_threads(), dict(os.environ), repr(np.random.get_state())
+        assert before == after, (before, after)"""
+    done = subprocess.run([sys.executable, "-c", code, str(beton.path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) == int(pixels_of(COUNT, SIZE)[:5].sum())
+
+
+# -- the data set of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 10, 40, 103, 500])
+def test_an_evaluation_reads_each_sample_once_in_the_same_chunks_for_every_world(
+    dataset: DataSet, kind: str, size: int
+) -> None:
+    config = config_of(loader=kind, eval_batch_size=size)
+    wanted = [list(range(first, min(first + size, COUNT))) for first in range(0, COUNT, size)]
+    for world in (1, 2, 3):
+        chunks: dict[int, list[int]] = {}
+        for rank in range(world):
+            mine = dataset.chunks(config, rank, world, torch.float32, CPU)
+            assert mine.rounds == -(-len(wanted) // world)
+            for turn in range(mine.rounds):
+                batch = mine.batch(turn)
+                if batch is not None:
+                    chunks[turn * world + rank] = batch.indices.tolist()
+            mine.loader.close()
+        assert [chunks[number] for number in range(len(chunks))] == wanted
+
+
+def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_twice(tmp_path: Path) -> None:
+    sets = [
+        finished(
+            load_dataset(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path, val_split=0.1, seed=seed))
+        )
+        for seed in (0, 0, 1)
+    ]
+    held, again, other = (data.evaluation_samples.tolist() for data in sets)
+    assert held == again != other
+    data = sets[0]
+    assert data.evaluation_split == "val"
+    assert data.evaluation is data.train  # the test set is not looked at
+    assert sorted([*data.train_samples.tolist(), *held]) == list(range(1437))
+    # a tenth of 142, 146, 141, 147, 145, 146, 145, 143, 138 and 144 images, rounded, halves to even
+    assert np.bincount(data.train.labels[held]).tolist() == [14, 15, 14, 15, 14, 15, 14, 14, 14, 14]
+    assert data.train_samples.tolist() == sorted(data.train_samples.tolist())
+
+
+def test_without_a_validation_split_the_test_set_is_evaluated(tmp_path: Path) -> None:
+    data = finished(load_dataset(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path)))
+    assert (len(data.train_samples), len(data.evaluation_samples), data.evaluation_split) == (1437, 360, "test")
+    assert data.evaluation.sha256 != data.train.sha256
+
+
+@pytest.mark.parametrize("given", [None, (0.5, 0.25)])
+def test_images_are_normalised_by_the_training_set_unless_told_otherwise(
+    dataset: DataSet, pixels: Pixels, given: tuple[float, float] | None
+) -> None:
+    settings: dict[str, Any] = {"mean": None, "std": None}
+    mean, std = pixels.mean((0, 1, 2)) / 255, (pixels / 255).std((0, 1, 2))
+    if given is not None:
+        settings = {"mean": given[:1], "std": given[1:]}
+        mean, std = np.full(3, given[0]), np.full(3, given[1])
+    chunks = dataset.chunks(config_of(loader="memory", **settings), 0, 1, torch.float32, CPU)
+    batch = chunks.batch(0)
+    chunks.loader.close()
+    assert batch is not None
+    wanted = (pixels[::-1] / 255 - mean) / std
+    np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), wanted, rtol=1e-4, atol=1e-6)
