@@ -1,0 +1,321 @@
+"""Claims about settings: where each value comes from, what is refused, what makes two runs one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from warm import REPOSITORY, Warm
+
+from dtrain.config import Every, TrainConfig, parse_every, parse_seconds, settings_fields
+from dtrain.errors import UsageError
+from dtrain.plugins import listed, read_recipe, recipes
+
+SMALL = {"arch": "resnet18", "recipe": "none"}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_give_way_to_the_recipe_to_the_file_to_the_flags(tmp_path: Path) -> None:
+    file = write(tmp_path / "my.toml", "batch_size = 100\nshift = 3\n[arch_opt]\ndropout = true\n")
+    config = TrainConfig.of(file, arch="allcnn_c", dataset="digits", shift="1", arch_opt=["dropout=false"])
+    recipe = "recipe allcnn_c-digits"
+    expected = {  # value and origin; the recipe says batch_size 64, epochs 8, shift 2, norm=batch
+        "seed": (0, "default"),
+        "epochs": (8.0, recipe),
+        "batch_size": (100, str(file)),
+        "shift": (1, "flag"),
+        "arch_opt": ({"norm": "batch", "dropout": "false"}, "flag"),
+        "recipe": ("allcnn_c-digits", "architecture and data set"),
+    }
+    assert {name: (getattr(config, name), config.origin(name)) for name in expected} == expected
+
+
+def test_the_recipe_is_chosen_by_architecture_and_data_set_unless_named() -> None:
+    def of(dataset: str, **more: Any) -> str | None:
+        return TrainConfig.of(arch="allcnn_c", dataset=dataset, **more).recipe
+
+    assert of("digits") == "allcnn_c-digits"
+    assert of("some/where/digits.tar.gz") == "allcnn_c-digits"
+    assert of("pictures") == "allcnn_c"
+    assert of("digits", recipe="allcnn_c") == "allcnn_c"
+    assert TrainConfig.of(arch="allcnn_c", dataset="digits", recipe="none").epochs == 10
+
+
+def test_what_belongs_to_another_choice_is_left_behind(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "a.toml", 'opt = "muon"\nmomentum = 0.5\nsteps = 7\n[opt_opt]\naux_lr = 0.1\n')
+    same = TrainConfig.of(recipe, **SMALL, opt="muon", opt_opt=["ns_steps=3"])
+    assert (same.momentum, same.opt_opt, same.steps) == (0.5, {"aux_lr": "0.1", "ns_steps": "3"}, 7)
+    other = TrainConfig.of(recipe, **SMALL, opt="adam", epochs=2)
+    assert (other.momentum, other.opt_opt, other.steps, other.epochs) == (None, {}, None, 2.0)
+    assert other.origin("momentum") == "default"
+
+
+def test_values_of_the_command_line_of_toml_and_of_python_are_one(tmp_path: Path) -> None:
+    text = TrainConfig.of(
+        **SMALL, epochs="3", steps=None, mean="0.5,0.25,0.125", flip="true", output="~/x", opt_opt=["betas=0.9,0.99"]
+    )
+    file = 'epochs = 3\nmean = [0.5, 0.25, 0.125]\nflip = true\noutput = "~/x"\n[opt_opt]\nbetas = [0.9, 0.99]\n'
+    toml = TrainConfig.of(write(tmp_path / "a.toml", file), **SMALL)
+    python = TrainConfig(
+        **SMALL, epochs=3, mean=(0.5, 0.25, 0.125), flip=True, output=Path("~/x"), opt_opt={"betas": "0.9,0.99"}
+    )
+    assert text == toml == python
+    assert text.digest() == toml.digest() == python.digest()
+    assert text.output == Path.home() / "x"
+    assert type(python.epochs) is float
+
+
+def test_settings_never_change() -> None:
+    config = TrainConfig(arch="resnet18")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]  # the claim
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+def test_the_zoos_recipes_are_whole_and_found_by_their_names(recipe: Any) -> None:
+    settings = read_recipe(recipe)
+    config = TrainConfig.of(arch=settings["arch"], dataset=settings.get("dataset", "pictures"))
+    assert config.recipe == recipe.name
+    assert settings["arch"] in {plugin.name for plugin in listed("architecture")}
+
+
+# -- a run's own file --------------------------------------------------------------------------------------------------
+
+
+def test_a_runs_config_toml_runs_again_as_is(tmp_path: Path) -> None:
+    built = [
+        TrainConfig.of(arch="allcnn_c", dataset="digits", opt="adam", steps=4, mean="0.1,0.2,0.3", output="some/where"),
+        TrainConfig(arch="allcnn_c", dataset="digits"),  # without the recipe of that name, and so again
+    ]
+    for config in built:
+        file = write(tmp_path / "config.toml", tomli_w.dumps(config.settings()))
+        again = TrainConfig.of(file)
+        assert dataclasses.replace(again, recipe=config.recipe) == config
+        assert again.digest() == config.digest()
+        assert TrainConfig.stored(tomllib.loads(file.read_text())) == again
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/step-00000100"])
+def test_resume_of_a_path_takes_the_runs_own_settings(tmp_path: Path, inside: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = TrainConfig.of(arch="allcnn_c", dataset="digits", lr=0.25)
+    (run / "config.toml").write_text(tomli_w.dumps(config.settings()))
+    again = TrainConfig.of(resume=run / inside, threads=2)
+    assert again.results() == config.results()
+    assert (again.origin("lr"), again.origin("threads")) == (str(run / "config.toml"), "flag")
+    assert again.resume == str(run / inside)
+    # an architecture or a file given by hand is what is meant
+    assert TrainConfig.of(resume=run, arch="resnet18").lr != 0.25
+    with pytest.raises(UsageError, match="--resume .*nowhere: no run is there; give a run directory, auto or none"):
+        TrainConfig.of(resume=tmp_path / "nowhere")
+
+
+def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_path: Path) -> None:
+    network = f"{Path(__file__).with_name('small_network.py')}:small"
+    flags = ["--arch", network, "--dataset", "digits", "--recipe", "none", "--batch-size", "100", "--steps", "6"]
+    places = ["--cache-dir", tmp_path / "cache", "--loader", "memory", "--threads", "1"]
+    run = tmp_path / "run"
+    (first,) = ranks(["train", *flags, *places, "--max-time", "0s", "--output", run], world=1)
+    assert first.code == 75, first.err
+    (second,) = ranks(["train", "--resume", run, "--max-time", "1h", *places], world=1)
+    assert second.code == 0, second.err
+    assert "goes on at step" in second.out
+    assert json.loads((run / "run.json").read_text())["step"] == 6
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({}, "--arch is missing; `dtrain archs` lists what there is"),
+        ({"arch": "resnet18", "learning_rate": 1}, "learning_rate is not a setting"),
+        ({"arch": "resnet18", "batchsize": 1}, "batchsize is not a setting; did you mean 'batch_size'?"),
+        ({**SMALL, "schedule": "cosin"}, "--schedule cosin: not a choice; did you mean 'cosine'?"),
+        ({**SMALL, "loader": "ffvc"}, "--loader ffvc: not a choice; did you mean 'ffcv'?"),
+        ({**SMALL, "lr": "fast"}, "--lr fast: give a number"),
+        ({**SMALL, "lr": "nan"}, "--lr nan: give a finite number"),
+        ({**SMALL, "lr": 0}, "--lr 0.0: give a number greater than 0"),
+        ({**SMALL, "steps": "2.5"}, "--steps 2.5: give a whole number"),
+        ({**SMALL, "steps": float("inf")}, "--steps inf: give a whole number"),
+        ({**SMALL, "epochs": True}, "--epochs True: give a number"),
+        ({**SMALL, "epochs": 2, "steps": 3}, "--epochs and --steps: both say how long to train"),
+        ({**SMALL, "shift": -1}, "--shift -1: give a number 0 or greater"),
+        ({**SMALL, "momentum": 1}, "--momentum 1.0: give a fraction in [0, 1)"),
+        ({**SMALL, "val_split": 0}, "--val-split 0.0: give a fraction in (0, 1)"),
+        ({**SMALL, "stop_at_accuracy": 98}, "--stop-at-accuracy 98.0: give a fraction in (0, 1]"),
+        ({**SMALL, "ema": 1}, "--ema 1.0: give a fraction in (0, 1)"),
+        ({**SMALL, "flip": "perhaps"}, "--flip perhaps: give true or false"),
+        ({**SMALL, "arch_opt": ["width"]}, "--arch-opt ['width']: give key=value"),
+        ({**SMALL, "mean": "0.5,a"}, "--mean 0.5,a: give a number"),
+        ({**SMALL, "mean": "0.5,0.5"}, "give one number in 0..1 a channel"),
+        ({**SMALL, "std": "0"}, "give numbers greater than 0"),
+        ({**SMALL, "name": "../x"}, "--name ../x: give a plain name; --output takes a path"),
+        ({**SMALL, "eval_every": "10min"}, "--eval-every 10min: not an interval; give 500steps, 1epoch or end"),
+        (
+            {**SMALL, "checkpoint_every": "often"},
+            "--checkpoint-every often: not an interval; give 500steps, 1epoch, 10min",
+        ),
+        ({**SMALL, "max_time": "90"}, "--max-time 90: not a span of time; give 90s, 45min or 2h"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line(flags: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)) as caught:
+        TrainConfig.of(**flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lr = \n", "not TOML: "),
+        ("batchsize = 3\n", "batchsize is not a setting; did you mean 'batch_size'?"),
+        ("schedule = ['linear']\n", "--schedule ['linear']: give text"),
+        ("mean = 'grey'\n", "--mean grey: give a number"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        TrainConfig.of(write(tmp_path / "a.toml", text), **SMALL)
+    with pytest.raises(UsageError, match="none.toml: No such file or directory; give a TOML file"):
+        TrainConfig.of(tmp_path / "none.toml", **SMALL)
+
+
+# -- what two runs share -----------------------------------------------------------------------------------------------
+
+
+OTHERS: dict[str, Any] = {  # another allowed value for fields whose type does not give one away
+    "arch": "allcnn_c",
+    "recipe": "allcnn_c",
+    "opt": "adam",
+    "dataset": "digits",
+    "mean": (0.5,),
+    "std": (0.5,),
+    "eval_every": "end",
+    "checkpoint_every": "end",
+    "max_time": "1h",
+    "resume": "none",
+    "output": Path("x"),
+    "cache_dir": Path("x"),
+    "name": "x",
+    "weight_decay": 0.5,
+    "clip_grad": 0.5,
+    "steps": 3,
+    "nesterov": True,
+}
+
+
+def another(field: dataclasses.Field[Any]) -> Any:
+    value = getattr(TrainConfig(arch="resnet18"), field.name)
+    if field.name in OTHERS:
+        return OTHERS[field.name]
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, dict):
+        return {"a": "b"}
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, Path):
+        return value / "x"
+    return 0.5
+
+
+@pytest.mark.parametrize("field", settings_fields(), ids=lambda field: field.name)
+def test_the_digest_changes_with_what_shapes_the_numbers_and_with_nothing_else(field: Any) -> None:
+    base = TrainConfig(arch="resnet18")
+    changed = dataclasses.replace(base, **{field.name: another(field)})
+    assert changed != base
+    assert field.metadata["mark"] in ("result", "place")
+    assert (changed.digest() != base.digest()) == (field.metadata["mark"] == "result")
+
+
+def test_what_is_a_place_is_written_down_by_hand() -> None:
+    # everything else shapes the numbers: a new field is one or the other on purpose
+    places = {
+        "recipe data_dir cache_dir loader device backend threads dist_timeout output name resume checkpoint_every keep "
+        "log_interval max_time"
+    }
+    assert {f.name for f in settings_fields() if f.metadata["mark"] == "place"} == set(*(p.split() for p in places))
+
+
+def test_a_run_is_named_after_what_it_is() -> None:
+    assert re.fullmatch(r"resnet18-digits-[0-9a-f]{8}", TrainConfig(arch="resnet18", dataset="digits").run_name())
+    local = TrainConfig(arch="./some/nets.py:wide", dataset="data/birds.tar.gz").run_name()
+    assert re.fullmatch(r"nets-wide-birds-[0-9a-f]{8}", local)
+    assert TrainConfig(arch="resnet18", name="trial").run_name() == "trial"
+
+
+# -- every field is used -----------------------------------------------------------------------------------------------
+
+
+def fields_read(tree: ast.AST, own: bool = False) -> Iterator[str]:
+    """Names of settings that a module reads: config.x, and getattr(config, name) for name in a tuple of strings.
+
+    own: the module is config.py, where a config is also `self`, or a table of what was asked.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in ("check", "_check_ranges"):
+            node.body = []  # to check the range of a value is not to use it
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            if owner == "config" or (own and owner == "self"):
+                yield node.attr
+        if own and isinstance(node, ast.Call) and ast.unparse(node.func) in ("asked.get", "given.get"):
+            yield ast.literal_eval(node.args[0])
+        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple) and "getattr(config, " in ast.unparse(node):
+            yield from ast.literal_eval(node.iter)
+
+
+def test_the_rule_itself_sees_what_is_read_and_what_is_only_checked_or_set() -> None:
+    read = "def f(self): return self.config.lr + config.ema\nfor n in ('opt', 'arch'): getattr(config, n)"
+    assert set(fields_read(ast.parse(read))) == {"lr", "ema", "opt", "arch"}
+    unread = "def check(config): config.lr\nconfig.ema = 1\nself.opt\nasked.get('arch')"
+    assert set(fields_read(ast.parse(unread))) == set()
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    read: set[str] = set()
+    for path in sorted((REPOSITORY / "dtrain").rglob("*.py")):
+        read.update(fields_read(ast.parse(path.read_text(encoding="utf-8")), own=path.name == "config.py"))
+    assert [f.name for f in settings_fields() if f.name not in read] == []
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_and_spans_have_units() -> None:
+    def every(text: str) -> Every:
+        return parse_every(text, "--x", clock=True)
+
+    assert every("500steps") == every("500 step") == Every(steps=500)
+    assert every("1epoch") == every("1.0epochs") == Every(epochs=1.0)
+    assert every("0.5epochs") == Every(epochs=0.5)
+    assert every("10min") == Every(seconds=600.0)
+    assert every("90s") == Every(seconds=90.0)
+    assert every("end") == Every()
+    assert [parse_seconds(text, "--x") for text in ("90s", "1.5min", "2h")] == [90.0, 90.0, 7200.0]
+
+
+@pytest.mark.parametrize("text", ["500", "0steps", "1.5steps", "-1epoch", "steps", "10 minutes", "never"])
+def test_what_is_no_interval_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not an interval"):
+        parse_every(text, "--x", clock=True)
