@@ -19,6 +19,7 @@ import gc
 import importlib
 import os
 import pickle
+import random
 import resource
 import runpy
 import signal
@@ -206,10 +207,13 @@ class Warm:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this host that nobody listens on, and that the kernel gives to nobody before it is used."""
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(first_given // 2, first_given)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
@@ -270,9 +274,13 @@ def run(target: str, kwargs: dict[str, Any], folder: str, environment: dict[str,
 
 def warm_up() -> None:
     """Import what every rank needs. Nothing here may compute: a fork after OpenMP has started would hang."""
-    for module in ("torch.distributed", "torch.nn.parallel", "numba", "dtrain.cli", "dtrain.training"):
+    # every optimizer imports torch._dynamo when it is built, which takes a second; with it comes triton, which is of no
+    # use on a CPU and complains at the end of each rank of what it has leaked
+    sys.modules["triton"] = None  # type: ignore[assignment]  # an import of it now fails
+    for module in ("torch.distributed", "torch.nn.parallel", "torch._dynamo", "numba", "dtrain.cli", "dtrain.training"):
         with contextlib.suppress(Exception):  # then the ranks that need it fail and say why, and no others
             importlib.import_module(module)
+    del sys.modules["triton"]
     gc.freeze()  # else a rank's last collection walks, and so copies, all that torch has made
 
 
