@@ -275,6 +275,7 @@ def fields_read(tree: ast.AST, own: bool = False) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in ("check", "_check_ranges"):
             node.body = []  # to check the range of a value is not to use it
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             if owner == "config" or (own and owner == "self"):
