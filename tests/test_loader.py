@@ -218,6 +218,27 @@ def test_the_shares_of_all_processes_are_the_batch_of_one(dataset: DataSet, kind
         loader.close()
 
 
+def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_samples_and_draws(dataset: DataSet) -> None:
+    config = config_of(loader="memory")
+
+    def checksum(config: TrainConfig, step: int, world: int = 1) -> int:
+        total = 0
+        for rank in range(world):
+            with dataset.train_loader(config, plan_of(config, world), rank, torch.float32, CPU) as loader:
+                batch = loader.batch(step)
+            assert (batch.checksum.dtype, batch.checksum.shape) == (torch.int64, ())
+            total += int(batch.checksum)
+        return total
+
+    indices = keyed.order(COUNT, 7, 1)[2 * BATCH : 3 * BATCH]
+    table = decide(AUGMENTATION, 1, indices, SIZE)
+    rows = [[1, int(index), *row] for index, row in zip(indices, table.tolist(), strict=True)]
+    wanted = sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
+    assert [checksum(config, 7, world) for world in (1, 2, 4)] == [wanted] * 3
+    others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
+    assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 5
+
+
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:
     config = config_of(loader=kind)
     seen = []

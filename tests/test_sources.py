@@ -385,10 +385,13 @@ def test_a_memo_that_is_damaged_is_as_good_as_none(tmp_path: Path) -> None:
 # -- CIFAR in torchvision's layout -----------------------------------------------------------------------------------
 
 
-class _Python2(pickle._Pickler):  # type: ignore[name-defined,misc]  # the pickler in Python: its opcodes can be chosen
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # the pickler in Python: its opcodes can be chosen
+
+
+class _Python2(_Pickler):  # type: ignore[misc]
     """Writes bytes as Python 2 wrote its strings, as in the real files of CIFAR."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch = dict(_Pickler.dispatch)
 
     def save_string(self, value: bytes) -> None:
         short = len(value) < 256
