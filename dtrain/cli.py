@@ -14,6 +14,7 @@ import typer
 import dtrain
 from dtrain.config import TrainConfig, flag_of, settings_fields, type_of
 from dtrain.errors import DtrainError, UsageError, nearest
+from dtrain.plugins import find
 
 app = typer.Typer(
     name="dtrain",
@@ -153,6 +154,8 @@ def _train(
     asked = TrainConfig.of(config, **settings)
     if nproc < 1:
         raise UsageError(f"--nproc {nproc}: give 1 or more")
+    find("architecture", asked.arch)  # a slip is told before torch is imported
+    find("optimizer", asked.opt)
     if nproc > 1:
         from dtrain.commands.launch import launch
 

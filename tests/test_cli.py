@@ -1,0 +1,219 @@
+"""Claims about the command line: light to ask, every flag explained, every mistake told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from warm import Warm
+
+FLAGS = (
+    "-a --arch --model --arch-opt --opt --opt-opt --lr --momentum --nesterov --weight-decay --wd -b --batch-size "
+    "--epochs --steps --schedule --schedule-opt --warmup-epochs --smoothing --clip-grad --grad-accum-steps --ema "
+    "--dataset "
+    "--data-dir --cache-dir --val-split --loader --flip --shift --cutout --mean --std --eval-batch-size --device "
+    "--backend --threads --dist-timeout --sync-bn --amp-dtype --channels-last --compile --seed --deterministic "
+    "--output --name --resume --checkpoint-every --keep --eval-every --log-interval --max-time --stop-at-accuracy "
+    "--recipe "
+    "--config --dry-run --nproc --debug"
+)
+PANELS = ["What is trained", "Optimization", "Data", "Evaluation", "Machine", "The run"]
+HEAVY = {"torch", "torchvision", "numba", "ffcv", "dtrain_zoo"}
+
+
+def dtrain(*arguments: str, cwd: Path | None = None, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`python -m dtrain *arguments` as it is typed, on a terminal of 100 columns."""
+    known = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    command = [sys.executable, *python, "-m", "dtrain", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=known, cwd=cwd, timeout=60)
+
+
+def imported(stderr: str) -> set[str]:
+    """The top packages in what `-X importtime` wrote."""
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in stderr.splitlines() if "|" in line}
+
+
+@pytest.fixture(scope="module")
+def train_help() -> str:
+    shown = dtrain("train", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    return shown.stdout
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_tables_import_nothing_heavy() -> None:
+    for arguments in (["--help"], ["archs", "--json"], ["config", "show", "--arch", "allcnn_c", "--json"]):
+        shown = dtrain(*arguments, python=("-X", "importtime"))
+        assert shown.returncode == 0
+        assert "typer" in imported(shown.stderr)
+        assert imported(shown.stderr) & HEAVY == set()
+
+
+def test_dtrain_alone_prints_its_help() -> None:
+    alone, asked = dtrain(), dtrain("--help")
+    assert (alone.returncode, alone.stderr) == (0, "")
+    assert alone.stdout.strip() == asked.stdout.strip()
+    for verb in ("train", "config", "eval", "runs", "archs", "optimizers", "plugins", "data", "prove", "bench"):
+        assert re.search(rf"│ {verb} +\w", alone.stdout), verb
+
+
+def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
+    assert re.findall(r"╭─ ([\w ]+?) ─+╮", train_help) == ["Options", *PANELS]
+    rows = [row.strip("│ ") for row in train_help.splitlines() if row.startswith("│ -")]
+    heads = [re.match(r"(-[-\w]*[, ]*)+", row) for row in rows]
+    shown = {flag for head in heads if head for flag in re.split(r"[, ]+", head.group())}
+    assert [flag for flag in FLAGS.split() if flag not in shown] == []
+    texts = [row[head.end() :] for row, head in zip(rows, heads, strict=True) if head]
+    assert [text for text in texts if len(text.split()) < 3] == []  # the kind of value, and words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lr X peak learning rate for the whole global batch; never rescaled [default: 0.05]",
+        "--batch-size -b N images in one step over all processes together [default: 128]",
+        "--epochs X passes over the training set; 2.5 is allowed [default: 10]",
+        "--dist-timeout X seconds after which a process that does not answer is given up [default: 300]",
+        "--nproc N processes on this machine, as torchrun starts them [default: 1]",
+        "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
+        "--amp-dtype TEXT type of the arithmetic; weights stay float32; one of auto, float32, bfloat16, float16",
+        "--flip --no-flip mirror training images left to right, half of them [default: no]",
+    ],
+)
+def test_help_tells_meaning_unit_choices_and_default(train_help: str, words: str) -> None:
+    flat = " ".join(train_help.replace("│", " ").split())
+    assert words in flat
+
+
+# -- one code path, and JSON -------------------------------------------------------------------------------------------
+
+
+def test_flags_without_a_verb_mean_train(ranks: Warm, tmp_path: Path) -> None:
+    network = f"{Path(__file__).with_name('small_network.py')}:small"
+    flags = ["--model", network, "--dataset", "digits", "--recipe", "none", "-b", "100", "--steps", "2", "--wd", "0.01"]
+    places = ["--cache-dir", tmp_path / "cache", "--loader", "memory", "--threads", "1"]
+    for verb, run in ([], "a"), (["train"], "b"):
+        (result,) = ranks([*verb, *flags, *places, "--output", tmp_path / run], world=1)
+        assert result.code == 0, result.err
+    configs = [(tmp_path / run / "config.toml").read_text().replace(f"/{run}", "/") for run in "ab"]
+    assert configs[0] == configs[1]
+    (listed,) = ranks(["runs", tmp_path, "--json"], world=1)
+    rows = json.loads(listed.out)
+    assert [(row["run"], row["status"], row["step"]) for row in rows] == [("a", "finished", 2), ("b", "finished", 2)]
+    (table,) = ranks(["runs", tmp_path], world=1)
+    assert table.out.splitlines()[0].split()[:3] == ["run", "status", "step"]
+
+
+def test_tables_are_json_on_request(ranks: Warm) -> None:
+    names = {}
+    for verb in ("archs", "optimizers", "plugins", "runs"):
+        (result,) = ranks([verb, "--json"], world=1)
+        assert result.code == 0, result.err
+        names[verb] = [row["name"] for row in json.loads(result.out)] if verb != "runs" else json.loads(result.out)
+    assert {"allcnn_c", "resnet18"} <= set(names["archs"])
+    assert {"sgd", "adam", "adamw", "muon"} <= set(names["optimizers"])
+    assert {*names["archs"], *names["optimizers"], "allcnn_c-digits"} <= set(names["plugins"])
+
+
+def test_config_show_prints_each_value_with_its_origin(ranks: Warm) -> None:
+    asked = ["config", "show", "--arch", "allcnn_c", "--dataset", "digits", "--lr", "0.2"]
+    (result,) = ranks([*asked, "--json"], world=1)
+    rows = {row["setting"]: (row["value"], row["from"]) for row in json.loads(result.out)}
+    assert rows["lr"] == (0.2, "flag")
+    assert rows["batch_size"] == (64, "recipe allcnn_c-digits")
+    assert rows["seed"] == (0, "default")
+    (table,) = ranks(asked, world=1)
+    assert re.search(r"^lr +0\.2 +flag$", table.out, re.MULTILINE)
+    assert re.search(r"^arch_opt +norm=batch +recipe allcnn_c-digits$", table.out, re.MULTILINE)
+
+
+def test_a_dry_run_tells_what_a_run_would_begin_with_and_leaves_none(ranks: Warm, tmp_path: Path) -> None:
+    flags = ["--arch", "allcnn_c", "--dataset", "digits", "--amp-dtype", "float32", "--threads", "1", "--dry-run"]
+    (result,) = ranks([*flags, "--cache-dir", tmp_path / "cache", "--output", tmp_path / "run"], world=1)
+    assert result.code == 0, result.err
+    assert not (tmp_path / "run").exists()
+    # 1,369,738, and for the batch norm of the recipe two numbers a channel in place of a bias's one
+    for fact in (
+        "batch 64 = 1 process",
+        "22 steps an epoch = 1437 // 64; 29 images of each epoch's order are left out",
+        "176 steps in all = 8 epochs",
+        "[64, 3, 32, 32] float32",
+        "[64, 10]",
+        f"{1_369_738 + 3 * 96 + 5 * 192:,}",
+        f"{8 * (1_369_738 + 3 * 96 + 5 * 192) / 2**20:.1f} MiB",
+        # 0.1 x 1/23, 2/23, ...: a warm-up of 22 steps
+        "0.004348, 0.008696, 0.01304, 0.01739, 0.02174",
+    ):
+        assert fact in result.out, fact
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_told_as_it_is_typed(tmp_path: Path) -> None:
+    done = dtrain("--arch", "alcnn_c", cwd=tmp_path, python=("-v",))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: architecture 'alcnn_c' is not installed; did you mean 'allcnn_c'?"
+    ]
+    assert "import 'torch'" not in done.stderr  # nobody waits for torch to be told of a slip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("train", "--arch is missing; `dtrain archs` lists what there is, for a start: --arch allcnn_c"),
+        ("trian --arch allcnn_c", "No such command 'trian'. Did you mean 'train'?"),
+        ("--arch allcnn_c --scheduel linear", "--scheduel is not a flag; did you mean '--schedule'?"),
+        ("runs --jsn", "--jsn is not a flag; did you mean '--json'?"),
+        ("--arch allcnn_c --schedule cosin", "--schedule cosin: not a choice; did you mean 'cosine'?"),
+        ("--arch allcnn_c --opt sdg", "optimizer 'sdg' is not installed; did you mean 'sgd'?"),
+        ("--arch allcnn_c --recipe allcnn", "recipe 'allcnn' is not installed; did you mean 'allcnn_c'?"),
+        ("--arch allcnn_c --lr fast", "--lr fast: give a number"),
+        ("--arch allcnn_c --lr", "Option '--lr' requires an argument."),
+        ("--arch allcnn_c --nproc 0", "--nproc 0: give 1 or more"),
+        ("--arch allcnn_c --nproc two", "Invalid value for '--nproc'"),
+        ("--resume nowhere", "--resume nowhere: no run is there"),
+        ("plugins new class", "plugins new class: give a name that Python can import, such as my_net"),
+    ],
+)
+def test_a_wrong_word_ends_with_2_and_one_line(ranks: Warm, tmp_path: Path, arguments: str, told: str) -> None:
+    places = ["--data-dir", str(tmp_path)] if "--arch" in arguments and "trian" not in arguments else []
+    words = arguments.split()
+    cut = 0 if words[-1] == "--lr" else len(words)  # what lacks its value stays last
+    (result,) = ranks([*words[:cut], *places, *words[cut:]], world=1)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {told}")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--opt adam --momentum 0.9", "--momentum: optimizer adam has no use for it; leave it out"),
+        ("--opt adamw --nesterov", "--nesterov: optimizer adamw has no use for it; leave it out"),
+        ("--opt sgd --opt-opt betas=0.9,0.9", "optimizer sgd has no option 'betas'"),
+        ("--arch-opt nrom=batch", "architecture allcnn_c has no option 'nrom'; did you mean 'norm'?"),
+        ("--arch-opt norm=bach", "architecture allcnn_c: norm=bach: did you mean 'batch'?"),
+    ],
+)
+def test_an_option_nobody_has_a_use_for_is_an_error(ranks: Warm, tmp_path: Path, arguments: str, told: str) -> None:
+    flags = ["--arch", "allcnn_c", "--dataset", "digits", "--cache-dir", tmp_path, "--threads", "1", "--dry-run"]
+    (result,) = ranks([*flags, *arguments.split()], world=1)
+    assert result.code == 2, result.out
+    assert result.err.startswith(f"error: {told}")
+    assert result.err.count("\n") == 1
+
+
+def test_debug_adds_the_traceback(ranks: Warm) -> None:
+    (result,) = ranks(["--arch", "allcnn_c", "--lr", "fast", "--debug"], world=1)
+    assert result.code == 2
+    assert result.err.startswith("Traceback")
+    assert result.err.endswith("error: --lr fast: give a number\n")
