@@ -41,6 +41,7 @@ app.add_typer(bench_app, name="bench", rich_help_panel=BESIDE)
 
 _arguments: list[str] = []  # the command line as given, for the processes that --nproc starts
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+QuickFlag = Annotated[bool, typer.Option("--quick", help="Fewer and shorter turns: a look, not a record.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -303,7 +304,7 @@ def _prove_ranks(
 
 
 @bench_app.command("overhead")
-def _bench_overhead(quick: bool = False, json_: JsonFlag = False) -> None:
+def _bench_overhead(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
     """The trainer, end to end, against a bare loop on resident data."""
     from dtrain_bench.overhead import main
 
@@ -311,7 +312,7 @@ def _bench_overhead(quick: bool = False, json_: JsonFlag = False) -> None:
 
 
 @bench_app.command("loaders")
-def _bench_loaders(quick: bool = False, json_: JsonFlag = False) -> None:
+def _bench_loaders(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
     """The readers against the same kernel on a resident array."""
     from dtrain_bench.loaders import main
 

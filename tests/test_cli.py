@@ -212,6 +212,12 @@ def test_an_option_nobody_has_a_use_for_is_an_error(ranks: Warm, tmp_path: Path,
     assert result.err.count("\n") == 1
 
 
+def test_nproc_under_torchrun_is_refused(ranks: Warm) -> None:
+    for result in ranks(["--arch", "allcnn_c", "--dataset", "digits", "--nproc", "2"], world=2):
+        assert result.code == 2
+        assert result.err == "error: --nproc 2: torchrun has already started 2 processes; leave it out\n"
+
+
 def test_debug_adds_the_traceback(ranks: Warm) -> None:
     (result,) = ranks(["--arch", "allcnn_c", "--lr", "fast", "--debug"], world=1)
     assert result.code == 2
