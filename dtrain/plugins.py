@@ -131,7 +131,11 @@ def _import_file(value: str) -> Any:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look a class's module up there
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # the file may import its neighbours, as a script may
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return getattr(module, attribute)
 
 

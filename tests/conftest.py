@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # set before numba is imported anywhere: kernels are compiled once a checkout, not once a session
     cache = Path(str(config.rootpath)) / ".pytest_cache" / "numba"
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache))
+    # torch sets it when an optimizer is first built; here, so that no test is blamed for it
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.with_name("inductor")))
 
 
 @pytest.fixture(scope="session")

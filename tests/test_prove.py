@@ -1,0 +1,68 @@
+"""`dtrain prove` on real runs: it shows what holds, and it does find what does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FLAGS = [
+    "--dataset",
+    "digits",
+    "--recipe",
+    "none",
+    "--loader",
+    "memory",
+    "--batch-size",
+    "64",
+    "--eval-every",
+    "3steps",
+]
+
+
+def prove(what: str, arch: str, steps: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    own, cut = list(flags), ["--", "--arch", f"{HERE / arch}", *FLAGS, "--steps", str(steps)]
+    command = [sys.executable, "-m", "dtrain", "prove", what, *own, *cut]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_at_random_steps_a_run_ends_with_the_bits_of_the_unbroken_one() -> None:
+    done = prove("resume", "small_network.py:small", 30, "--stops", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["part"]: row for row in json.loads(done.stdout)}
+    assert rows.keys() == {"step", "network", "optimizer", "rows"}
+    assert all(row["straight"] == row["stopped"] for row in rows.values())
+    assert rows["step"]["straight"] == "30"
+
+
+@pytest.mark.slow
+def test_a_network_that_draws_what_no_seed_decides_is_found_out_with_7() -> None:
+    done = prove("resume", "faulty_networks.py:forgets", 12, "--stops", "1")
+    assert done.returncode == 7
+    assert "network: " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_worlds_see_the_same_samples_and_count_the_same() -> None:
+    done = prove("ranks", "small_network.py:small", 6, "--worlds", "1,2", "--json")
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(done.stdout)
+    assert (one["world"], two["world"]) == (1, 2)
+    for what in ("samples_and_draws", "schedule", "evaluation", "hits"):
+        assert one[what] == two[what]
+    assert one["loss_differs_from_step"] is None
+    assert two["loss_differs_from_step"] is not None  # dropout is drawn by process
+    assert two["largest_weight_difference"] > 0
+
+
+def test_what_cannot_be_run_cannot_be_proven_and_says_why() -> None:
+    done = prove("resume", "small_network.py:nothing", 3)
+    assert done.returncode == 2
+    assert "the run to be proven ends with 2" in done.stderr
+    assert "nothing" in done.stderr

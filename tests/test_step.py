@@ -1,0 +1,279 @@
+"""One update: accumulation, clipping, scaling, smoothing, decay and EMA do what their names say; sums are exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_network import small
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from warm import Warm
+
+from dtrain.config import TrainConfig
+from dtrain.data.loader import Batch
+from dtrain.model.metrics import LOSS_UNIT, Sums, no_sums, sums_of
+from dtrain.model.network import Network, average_of
+from dtrain.model.optimization import build_optimizer, pack, unpack
+from dtrain.model.step import StepOptions, eval_step, loss_of, seed_step, train_step
+
+CPU = torch.device("cpu")
+
+
+def plain() -> nn.Module:
+    """No batch norm and no dropout, so that a batch in parts is the batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def batch(n: int = 24, classes: int = 5) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, 3, 8, 8, generator=generator)
+    labels = torch.randint(classes, (n,), generator=generator)
+    return Batch(images, labels, torch.arange(n), torch.tensor(77))
+
+
+def stepped(
+    module: nn.Module,
+    options: StepOptions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    scaler: torch.amp.GradScaler | None = None,
+    ema: AveragedModel | None = None,
+    lr: float = 0.1,
+) -> tuple[nn.Module, Tensor]:
+    """The module after one SGD step, and the sums."""
+    network = Network(module, module, dtype, CPU)
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    return module, train_step(network, optimizer, scaler, ema, batch(), options)
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+
+
+def test_four_micro_batches_are_the_big_batch_within_1e_6() -> None:
+    big, sums = stepped(plain(), StepOptions(24, 0.1, None))
+    parts, sums_of_parts = stepped(plain(), StepOptions(6, 0.1, None))
+    assert distance(big, plain()) > 0
+    assert distance(big, parts) < 1e-6  # float32 rounding of gradients of about 0.1 times the rate of 0.1
+    assert sums[:3].tolist() == sums_of_parts[:3].tolist()
+    assert sums[3].item() == pytest.approx(sums_of_parts[3].item(), abs=24)  # units of 2^-20, one an image
+
+
+def test_clipping_limits_the_norm_of_the_unscaled_gradient() -> None:
+    clipped, _ = stepped(plain(), StepOptions(24, 0.0, 0.01), lr=1.0)
+    pairs = zip(clipped.parameters(), plain().parameters(), strict=True)
+    moved = math.sqrt(sum(float((p - q).detach().pow(2).sum()) for p, q in pairs))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled, _ = stepped(plain(), StepOptions(24, 0.0, 0.01), lr=1.0, scaler=scaler)
+    assert distance(scaled, clipped) < 1e-6
+
+
+def test_float16_steps_by_scaled_losses_and_leaves_out_a_step_that_overflows() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    half, _ = stepped(plain(), StepOptions(24, 0.0, None), dtype=torch.float16, scaler=scaler)
+    full, _ = stepped(plain(), StepOptions(24, 0.0, None))
+    assert 0 < distance(half, full) < 1e-3
+    too_large = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    left_out, _ = stepped(plain(), StepOptions(24, 0.0, None), dtype=torch.float16, scaler=too_large)
+    assert distance(left_out, plain()) == 0
+    assert too_large.get_scale() == 2.0**59
+
+
+def test_smoothing_spreads_its_share_evenly_over_the_classes() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0]])
+    losses, _ = loss_of(logits, torch.tensor([0]), 0.3)
+    log_p = torch.log_softmax(logits, 1)[0]
+    by_hand = -(0.8 * log_p[0] + 0.1 * log_p[1] + 0.1 * log_p[2])  # 0.7 + 0.3 / 3 for the right one
+    assert losses.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+def test_auxiliary_logits_count_a_third_or_so_and_only_the_first_are_counted_as_hits() -> None:
+    main, extra, label = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([0])
+    losses, logits = loss_of((main, extra), label, 0.0)
+    assert losses.item() == pytest.approx(
+        F.cross_entropy(main, label).item() + 0.3 * F.cross_entropy(extra, label).item()
+    )
+    assert torch.equal(logits, main)
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    config = TrainConfig(arch="x", opt="sgd", weight_decay=0.25)
+    module = small(10)
+    decayed = build_optimizer(config, module).param_groups
+    of = {id(p): group["weight_decay"] for group in decayed for p in group["params"]}
+    decays = {name: of[id(p)] for name, p in module.named_parameters()}
+    assert decays == {
+        "0.weight": 0.25,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "4.weight": 0.25,
+        "4.bias": 0.0,
+        "5.weight": 0.0,
+        "5.bias": 0.0,
+        "9.weight": 0.25,
+        "9.bias": 0.0,
+    }
+
+
+def test_the_ema_is_its_formula() -> None:
+    module = plain()
+    ema = average_of(module, 0.9)
+    assert ema is not None
+    first, _ = stepped(module, StepOptions(24, 0.0, None), ema=ema)
+    after_first = [p.detach().clone() for p in first.parameters()]
+    stepped(module, StepOptions(24, 0.0, None), ema=ema)
+    for average, one, two in zip(ema.module.parameters(), after_first, module.parameters(), strict=True):
+        torch.testing.assert_close(average.detach(), 0.9 * one + 0.1 * two.detach())  # torch begins with the first
+
+
+def test_sums_of_a_batch_in_any_cut_are_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    losses, logits = torch.rand(97, generator=generator) * 9, torch.randn(97, 7, generator=generator)
+    labels = torch.randint(7, (97,), generator=generator)
+    whole = sums_of(losses, logits, labels, top5=True)
+    for size in (1, 10, 32, 96):
+        cuts = [slice(at, at + size) for at in range(0, 97, size)]
+        parts = [sums_of(losses[c], logits[c], labels[c], top5=True) for c in reversed(cuts)]
+        assert torch.equal(torch.stack(parts).sum(0), whole)
+    assert whole[1].item() == int((logits.argmax(1) == labels).sum())
+    in_five = [
+        int(label) in row.argsort(descending=True)[:5].tolist() for row, label in zip(logits, labels, strict=True)
+    ]
+    assert whole[2].item() == sum(in_five)
+    assert Sums.of(whole.tolist()).loss == pytest.approx(losses.mean().item(), abs=LOSS_UNIT)
+
+
+def test_a_loss_that_is_not_finite_is_counted_and_added_to_nothing() -> None:
+    losses = torch.tensor([1.0, math.nan, math.inf])
+    sums = Sums.of(sums_of(losses, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), top5=False).tolist())
+    assert (sums.images, sums.nonfinite, sums.loss) == (3, 2, 1.0)
+
+
+def test_a_step_adds_the_checksum_of_its_batch_once() -> None:
+    _, sums = stepped(plain(), StepOptions(6, 0.0, None))
+    assert Sums.of(sums.tolist()).checksum == 77
+    assert no_sums(CPU).shape == sums.shape
+
+
+def test_an_evaluation_counts_in_evaluation_mode_and_changes_nothing() -> None:
+    module = small(5).eval()
+    before = copy.deepcopy(module.state_dict())
+    sums, right = eval_step(Network(module, module, torch.float32, CPU), module, batch())
+    by_hand = module(batch().images).argmax(1) == batch().labels
+    assert torch.equal(right, by_hand)
+    assert sums[1].item() == int(by_hand.sum())
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_what_a_network_draws_depends_on_seed_step_and_rank_alone() -> None:
+    def drawn(seed: int, step: int, rank: int) -> list[float]:
+        seed_step(seed, step, rank)
+        return torch.rand(3).tolist()
+
+    assert drawn(0, 5, 1) == drawn(0, 5, 1)
+    others = [drawn(0, 5, 1), drawn(1, 5, 1), drawn(0, 6, 1), drawn(0, 5, 2)]
+    assert len({tuple(values) for values in others}) == 4
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_restored_state_lies_in_memory_as_its_parameter_does(kind: Any) -> None:
+    def trained(module: nn.Module) -> torch.optim.Optimizer:
+        arguments = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return kind(module.parameters(), lr=0.1, **arguments)  # type: ignore[no-any-return]
+
+    module = small(5).to(memory_format=torch.channels_last)
+    optimizer = trained(module)
+    F.cross_entropy(module(batch().images), batch().labels).backward()
+    optimizer.step()
+    packed = pack(optimizer, module)
+    flat = type(packed)({name: value.contiguous() for name, value in packed.tensors.items()}, packed.scalars)
+    other = trained(module)
+    unpack(other, module, flat)
+    states = [(p, value) for p, state in other.state.items() for value in state.values() if isinstance(value, Tensor)]
+    shaped = [(p, value) for p, value in states if value.shape == p.shape]
+    assert len(shaped) >= len(list(module.parameters()))
+    assert all(value.stride() == p.stride() for p, value in shaped)
+    again = pack(other, module)
+    assert all(torch.equal(again.tensors[name], value) for name, value in packed.tensors.items())
+
+
+@pytest.mark.dist
+def test_gradients_of_two_processes_are_those_of_one_within_1e_6(ranks: Warm) -> None:
+    one = ranks.call("test_step:shares", 1)[0]
+    two = ranks.call("test_step:shares", 2)
+    assert two[0]["weights"] == two[1]["weights"]
+    torch.testing.assert_close(torch.tensor(two[0]["weights"]), torch.tensor(one["weights"]), atol=1e-6, rtol=0)
+    assert [sum(values) for values in zip(two[0]["sums"][:3], two[1]["sums"][:3], strict=True)] == one["sums"][:3]
+    assert one["reduces"] == 0
+    assert two[0]["reduces"] == 1  # accumulation over 4 micro-batches sends gradients once
+
+
+def shares() -> dict[str, Any]:
+    """One step on this process's share of a batch, in four micro-batches, through DDP where there are others."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    from dtrain import runtime
+    from dtrain.model.network import wrap
+    from dtrain.world import World, place
+
+    torch.set_num_threads(1)
+    at = place()
+    world = World(at, 30)
+    if at.size > 1:
+        world.join(at, "gloo")
+    config = TrainConfig(arch="x", amp_dtype="float32")
+    machine = runtime.decide(config, local_rank=0, local_world=1)
+    network = wrap(plain(), config, machine, world, moving_buffers=False)
+    reduces = 0
+    if at.size > 1:
+
+        def counting(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations in quotes
+            nonlocal reduces
+            reduces += 1
+            return allreduce_hook(state, bucket)
+
+        network.trained.register_comm_hook(None, counting)  # type: ignore[operator]
+    whole = batch()
+    share = slice(at.rank * 24 // at.size, (at.rank + 1) * 24 // at.size)
+    mine = Batch(whole.images[share], whole.labels[share], whole.indices[share], whole.checksum)
+    optimizer = torch.optim.SGD(network.module.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    sums = train_step(network, optimizer, scaler, None, mine, StepOptions(24 // at.size // 4, 0.0, None))
+    weights = torch.cat([p.detach().flatten() for p in network.module.parameters()])
+    world.leave()
+    return {"weights": weights.tolist(), "sums": sums.tolist(), "reduces": reduces}
+
+
+@pytest.mark.gpu
+def test_a_step_on_cuda_does_not_wait_for_the_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    module = plain().cuda().to(memory_format=torch.channels_last)
+    network = Network(module, module, torch.bfloat16, torch.device("cuda"))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
+    cpu = batch()
+    there = Batch(cpu.images.cuda(), cpu.labels.cuda(), cpu.indices, cpu.checksum.cuda())
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    train_step(network, optimizer, scaler, None, there, StepOptions(24, 0.1, 5.0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(network, optimizer, scaler, None, there, StepOptions(24, 0.1, 5.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_checkout_is_what_is_tested() -> None:
+    import dtrain
+
+    assert Path(dtrain.__file__).parents[1] == Path(__file__).parents[1]
