@@ -182,8 +182,17 @@ def test_normalisation_is_by_mean_and_deviation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("std", [STD, (1e-3, 1.0, 60.0)])
-def test_a_short_type_is_torchs_rounding_of_float32(dtype: torch.dtype, std: tuple[float, ...]) -> None:
-    wanted = torch.from_numpy(lookup_table(MEAN, std, "float32")).to(dtype)
-    bits = torch.from_numpy(lookup_table(MEAN, std, str(dtype).removeprefix("torch.")))
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        (MEAN, STD),
+        (MEAN, (1e-3, 1.0, 60.0)),
+        ((0.0, 0.0, 1.0), (1 / 765, 1 / 8415, 1 / 765)),  # whole numbers, many of them halfway between two short ones
+    ],
+)
+def test_a_short_type_is_torchs_rounding_of_float32(
+    dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    wanted = torch.from_numpy(lookup_table(mean, std, "float32")).to(dtype)
+    bits = torch.from_numpy(lookup_table(mean, std, str(dtype).removeprefix("torch.")))
     assert torch.equal(bits, wanted.view(torch.uint16))

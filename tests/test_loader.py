@@ -302,6 +302,19 @@ def test_100_abandoned_epochs_leave_no_thread(beton: Beton, kind: str) -> None:
     assert set(threading.enumerate()) == before
 
 
+def test_closing_waits_for_a_thread_that_is_at_work(beton: Beton, kind: str) -> None:
+    def request_at(step: int) -> Request:
+        if step > 1:
+            time.sleep(0.2)
+        return Request(np.arange(BATCH), 0)
+
+    before = set(threading.enumerate())
+    with opened(beton, request_at, kind) as loader:
+        loader.batch(0)
+        loader.batch(1)
+    assert set(threading.enumerate()) == before
+
+
 def test_a_loader_may_be_closed_before_its_first_batch_and_twice(beton: Beton, kind: str) -> None:
     loader = opened(beton, requests(plan_of(config_of())), kind, threads=2)
     loader.close()

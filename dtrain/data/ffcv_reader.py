@@ -116,12 +116,12 @@ class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
         return False
 
     def stop(self) -> None:
-        """End the thread and wait for it; at most one batch and a poll."""
+        """End the thread and wait for it, at most for the batch that it is making."""
         self.terminate_event.set()
-        self.join()
-        with contextlib.suppress(Empty):
+        with contextlib.suppress(Empty):  # it may wait for room
             while True:
                 self.output_queue.get_nowait()
+        self.join()
         self.close()
 
 
