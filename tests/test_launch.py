@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +82,62 @@ def test_two_nodes_meet_and_leave_one_run_directory(tmp_path: Path) -> None:
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     assert "2 processes" in "".join(outputs)
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def interrupted(command: list[str], number: signal.Signals, folder: Path) -> tuple[int, dict[str, object], float]:
+    """Start a training, send the launcher a signal once it trains; its exit code, run.json, seconds until its end."""
+    process = subprocess.Popen(
+        command, env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if "step 10/" in line:
+                break
+        process.send_signal(number)
+        asked = time.monotonic()
+        process.communicate(timeout=60)
+        seconds = time.monotonic() - asked
+    finally:
+        process.kill()
+        process.communicate()
+    (run,) = (folder / "runs").iterdir()
+    return process.returncode, json.loads((run / "run.json").read_text()), seconds
+
+
+SLOW = pytest.mark.slow  # the same path with another signal
+LONG_RUN = "--arch allcnn_c --dataset digits --loader memory --epochs 1000 --log-interval 5 --eval-every end".split()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, id="SIGTERM"), pytest.param(signal.SIGINT, id="SIGINT", marks=SLOW)]
+)
+def test_a_signal_to_torchrun_saves_and_run_json_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "dtrain"]
+    code, record, seconds = interrupted([*torchrun, *LONG_RUN], number, tmp_path)
+    assert code != 0  # torchrun's own: it turns every code into 1
+    assert (record["status"], record["exit_code"]) == ("stopped", 75)
+    assert record["last_checkpoint"] == f"step-{record['step']:08d}"
+    assert seconds < 20  # torchrun would kill after 30
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, id="SIGTERM", marks=SLOW), pytest.param(signal.SIGUSR1, id="SIGUSR1")]
+)
+def test_nproc_ends_with_the_exit_code_of_the_run(tmp_path: Path, number: signal.Signals) -> None:
+    code, record, _ = interrupted(["dtrain", "train", *LONG_RUN, "--nproc", "2"], number, tmp_path)
+    assert code == 75
+    assert (record["status"], record["exit_code"]) == ("stopped", 75)
+
+
+@pytest.mark.dist
+def test_nproc_tells_an_error_once_and_ends_with_its_code(tmp_path: Path) -> None:
+    command = ["dtrain", "train", *SHORT_RUN, "--nproc", "2", "--batch-size", "33"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("--batch-size 33 does not divide over 2 processes; try 32 or 34") == 1
 
 
 # The smallest build backend: the wheel's metadata are setup.cfg to the letter. So pip is real and needs no network.
