@@ -106,7 +106,7 @@ def interrupted(command: list[str], number: signal.Signals, folder: Path) -> tup
 
 
 SLOW = pytest.mark.slow  # the same path with another signal
-LONG_RUN = "--arch allcnn_c --dataset digits --loader memory --epochs 1000 --log-interval 5 --eval-every end".split()
+LONG_RUN = [*SHORT_RUN[:4], "--loader", "memory", "--epochs", "1000", "--log-interval", "5", "--eval-every", "end"]
 
 
 @pytest.mark.dist
