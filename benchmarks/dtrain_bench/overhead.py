@@ -1,40 +1,60 @@
-"""`dtrain bench overhead`: the trainer, end to end through its reader, against a bare loop on resident data."""
+"""`dtrain bench overhead`: the trainer, end to end through its reader, against a bare loop on resident data.
+
+Two processes with one thread each are compared with two independent bare loops that run at the same time.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+from dtrain.errors import ProofError
 from dtrain.run.rundir import read_rows
 from dtrain_bench.ratios import ratios, show
 
-BATCH, WARMUP = 128, 4
+BATCH, WARMUP = 128, 4  # images of one process's share; steps before the measurement begins
 
 
-def trainer_rate(steps: int, threads: int) -> float:
-    """Images per CPU-second of a real training run on synthetic images, between its first and its last log row."""
+def trainer_rate(steps: int, processes: int) -> float:
+    """Images per CPU-second of a real training run on synthetic images, between its first and its last log row.
+
+    The rows hold rank 0's processor time; the other ranks do the same work.
+    """
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:
         output = Path(folder) / "run"
         flags = "--arch allcnn_c --arch-opt norm=batch --recipe none --dataset synthetic --flip --shift 2 --cutout 8"
-        flags += f" --lr 0.01 --batch-size {BATCH} --steps {WARMUP + steps} --threads {threads} --output {output}"
+        flags += f" --opt sgd --momentum 0.9 --nesterov --lr 0.01 --batch-size {BATCH * processes}"
+        flags += f" --steps {WARMUP + steps} --threads 1 --nproc {processes} --output {output}"
         flags += f" --log-interval {WARMUP} --eval-every end --checkpoint-every end"
-        command = [sys.executable, "-m", "dtrain", "train", *flags.split()]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        _output_of([sys.executable, "-m", "dtrain", "train", *flags.split()])
         rows = [row for row in read_rows(output) if row["kind"] == "train"]
-        images = rows[-1]["samples"] - rows[0]["samples"]
+        images = (rows[-1]["samples"] - rows[0]["samples"]) / processes
         return float(images / (rows[-1]["clock"]["cpu_seconds"] - rows[0]["clock"]["cpu_seconds"]))
 
 
-def bare_rate(steps: int, threads: int) -> float:
-    """Images per CPU-second of the bare loop."""
-    command = [sys.executable, "-m", "dtrain_bench.bare", *map(str, (BATCH, steps, WARMUP, threads))]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def bare_rate(steps: int, processes: int) -> float:
+    """Images per CPU-second of bare loops, `processes` of them at once; their mean."""
+    command = [sys.executable, "-m", "dtrain_bench.bare", *map(str, (BATCH, steps, WARMUP, 1))]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes - 1)]
+    rates = [float(_output_of(command)), *(float(other.communicate()[0]) for other in others)]
+    return sum(rates) / processes
+
+
+def _output_of(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ProofError(f"{' '.join(command[1:4])} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return done.stdout
 
 
 def main(*, quick: bool, as_json: bool) -> None:
     """Measure and print. quick: three short turns, to see that it runs."""
     turns, steps = (3, 8) if quick else (9, 40)
-    results = {"one process": ratios(lambda: trainer_rate(steps, 1), lambda: bare_rate(steps, 1), turns=turns)}
+    results = {
+        name: ratios(partial(trainer_rate, steps, processes), partial(bare_rate, steps, processes), turns=turns)
+        for name, processes in (("one process", 1), ("two processes", 2))
+    }
     show("overhead", results, "images per CPU-second", as_json=as_json)
