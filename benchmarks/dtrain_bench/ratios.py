@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
+
+from dtrain.run.rundir import environment
 
 
 def machine() -> dict[str, Any]:
     """What a figure must stand beside: processor, cores, load, versions."""
     versions = {name: metadata.version(name) for name in ("dtrain", "torch", "numpy")}
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": environment()["processor"],
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         **versions,
