@@ -91,6 +91,8 @@ def decide(config: TrainConfig, *, local_rank: int, local_world: int, kept: dict
 def _precision(config: TrainConfig, on_cuda: bool, kept: object) -> tuple[str, str]:
     import torch
 
+    if config.amp_dtype == "float16" and not on_cuda:  # torch has no fast float16 convolutions for most processors
+        return "float16", "float16 as asked; on a CPU it can be a thousand times slower than bfloat16 or float32"
     if config.amp_dtype != "auto":
         return config.amp_dtype, f"{config.amp_dtype} as asked"
     if isinstance(kept, str):
