@@ -300,7 +300,10 @@ def _prove_ranks(
     """Show that any number of processes sees the same samples and counts the same: `-- FLAGS`."""
     from dtrain.commands.prove import prove_ranks, report
 
-    report(prove_ranks(context.args, worlds=[int(w) for w in worlds.split(",")]), as_json=json_)
+    numbers = [w.strip() for w in worlds.split(",")]
+    if not all(w.isdecimal() and int(w) > 0 for w in numbers):
+        raise UsageError(f"--worlds {worlds}: give numbers of processes, such as 1,2,4")
+    report(prove_ranks(context.args, worlds=[int(w) for w in numbers]), as_json=json_)
 
 
 @bench_app.command("overhead")

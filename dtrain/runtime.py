@@ -73,7 +73,7 @@ def decide(config: TrainConfig, *, local_rank: int, local_world: int, kept: dict
     if config.device == "cuda" and not cuda:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     on_cuda = config.device == "cuda" or (config.device == "auto" and cuda)
-    if on_cuda and local_rank >= torch.cuda.device_count():
+    if on_cuda and local_world > torch.cuda.device_count():  # on every rank, so that all end with one error
         raise UsageError(
             f"{local_world} processes on this host but {torch.cuda.device_count()} CUDA devices; "
             f"start {torch.cuda.device_count()}, or --device cpu"

@@ -21,7 +21,7 @@ from dtrain import plugins, runtime
 from dtrain.config import TrainConfig, parse_seconds
 from dtrain.data.beton import Beton
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.errors import DivergedError, Stopped, StorageError
+from dtrain.errors import DataError, DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
 from dtrain.model.metrics import Sums, no_sums
@@ -74,10 +74,13 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             summary = run.loop()
             world.leave()
             return summary
-        except Stopped:
+        except Stopped as stopped:
             world.leave()
+            setattr(stopped, "told_elsewhere", not world.is_main)  # noqa: B010 - read by __main__, which prints
             raise
         except Exception as error:
+            if world.size > 1:
+                world.ignore_signals()  # the launcher sends one when another process is gone; first this one tells
             explained = world.explained(error)
             if recorder is not None:
                 recorder.failed(explained)
@@ -115,6 +118,8 @@ class _Clock:
         """What is due; asked one step before it is acted on."""
         now = time.monotonic()
         save = self._save_seconds is not None and now - self._saved >= self._save_seconds
+        if save:
+            self._saved = now  # asked for once: it is acted on a step later, when the next wish has been posted
         stop = self._limit is not None and now - self._started >= self._limit
         if stop:
             self.reason = "--max-time"
@@ -138,6 +143,7 @@ class Training:
     ) -> None:
         self.config, self.world, self.console, self.plan, self.recorder = config, world, console, plan, recorder
         self.beton, self.split, self.stop_after = dataset.train, dataset.evaluation_split, stop_after
+        self.data_digest = dataset.digest
         for line in (*machine.why, *plan.lines(config.lr)):
             console.line(line)
         self.network = self._network(machine, dataset.train)
@@ -156,6 +162,7 @@ class Training:
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
         self.clock = _Clock(config, plan)
+        self.loader.start(self.state.step)  # opening and compiling is no training
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
         self.lap_samples = self.state.samples
 
@@ -196,11 +203,14 @@ class Training:
             self.save(essential=ask.stop or over)
         if ask.stop and (not over or state.eval_due):
             reason = self.clock.reason or self.world.stop_reason or "a signal to another process"
+            again = "run the same command again"
+            if self.config.resume != "auto":  # which would go back once more, or begin another run
+                again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
             self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
             self.console.stop()
-            self.console.table("stopped", [*self._seconds(), ("to go on", "run the same command again")])
-            raise Stopped(f"stopped at step {state.step} by {reason}, saved; run the same command again to go on")
+            self.console.table("stopped", [*self._seconds(), ("to go on", again)])
+            raise Stopped(f"stopped at step {state.step} by {reason}, saved; to go on: {again}")
 
     def log(self) -> None:
         """Close the log interval: read the sums, write and show a row, begin the next. Collective, a host sync."""
@@ -257,6 +267,8 @@ class Training:
         state.eval_due = True
         if asked.stop:
             return asked
+        if self.network.device.type == "cuda":
+            torch.cuda.synchronize(self.network.device)  # what is queued is training
         with self.watch.away("eval"):
             results, ask = evaluate(self.network, modules, self.chunks, self.world, self.clock)
         state.eval_due = results is None
@@ -291,8 +303,8 @@ class Training:
 
         A failure is told and tried again at the next point, unless the save is `essential`: the first and the last.
         """
+        self.take()
         with self.watch.away("save"):
-            self.take()
             if essential:
                 self.world.from_main(self._write)
             else:
@@ -322,6 +334,7 @@ class Training:
             "channels": self.beton.channels,
             "image_size": self.beton.image_size,
             "train_size": self.plan.train_size,
+            "data": self.data_digest,
             "plugins": dict(self.recorder.record.plugins),
         }
         folder.sync()
@@ -333,7 +346,9 @@ class Training:
     def finish(self) -> Summary:
         """Mark the run finished and show its table."""
         state, recorder = self.state, self.recorder
-        evaluations = {row["weights"]: row for row in recorder.rows() if row["kind"] == "eval"}
+        evaluations, path = self.world.from_main(
+            lambda: ({row["weights"]: row for row in recorder.rows() if row["kind"] == "eval"}, recorder.path)
+        )
         recorder.event("finish", state.step)
         recorder.update(status="finished", step=state.step, exit_code=0, reason=None)
         self.console.stop()
@@ -346,9 +361,9 @@ class Training:
             note = ", picked on the test split: no fair figure" if state.best["split"] == "test" else ""
             figure = counted(state.best["hits"], state.best["images"])
             best = [(f"best, at step {state.best['step']}{note}", figure)]
-        look = ("look at it", f"dtrain eval {shlex.quote(shown(recorder.path))}")
+        look = ("look at it", f"dtrain eval {shlex.quote(shown(path))}")
         self.console.table("finished", [*accuracies, *best, *self._seconds(), look])
-        return Summary(recorder.path, "finished", state.step, evaluations, state.best, state.seconds)
+        return Summary(path, "finished", state.step, evaluations, state.best, state.seconds)
 
     def _seconds(self) -> list[tuple[str, str]]:
         times = ", ".join(f"{kind} {span(value)}" for kind, value in self.state.seconds.items())
@@ -392,8 +407,15 @@ class Training:
         for path, reason in found.damaged:
             self.console.warn(f"damaged checkpoint set aside: {shown(path)}: {reason}")
         if saved is None:
+            if self.recorder.folder is not None:
+                self.recorder.folder.cut_back(0, evaluated=False)
             self.recorder.event("start", 0)
             return TrainState()
+        if saved.about.get("data", self.data_digest) != self.data_digest:
+            raise DataError(
+                f"{self.config.dataset} is not the data set that this run began with: an image, a label or a class has "
+                "changed; bring it back, or give another --output"
+            )
         counts: dict[str, Any] = dict(saved.state)
         packed = Packed(saved.parts.get("optimizer", {}), counts.pop("optimizer"))
         scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")

@@ -40,7 +40,6 @@ class Place:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    launched: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +52,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Place()
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    return Place(rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)), True)
+    return Place(rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)))
 
 
 @dataclass(frozen=True)
@@ -254,8 +253,9 @@ class World:
         again, so that all end with one reason and one exit code; if nobody told any, it waits two beats to see who
         still moves, and names who fell silent.
         """
-        if self._store is None:
-            setattr(error, "told_elsewhere", not self.is_main)  # noqa: B010 - read by __main__, which prints
+        if self._store is None:  # all of us meet the same error before we meet, unless we do not meet
+            told = not self.is_main and not isinstance(error, ProcessError)
+            setattr(error, "told_elsewhere", told)  # noqa: B010 - read by __main__, which prints
             return error
         cause = error
         if _is_of_a_collective(error):
@@ -341,10 +341,10 @@ class _Beat:
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """Whether torch.distributed failed: it raises RuntimeErrors (DistError and its kin) of many words."""
+    """Whether torch.distributed failed: a DistError, or a RuntimeError that names the back end's source."""
     text = str(error).lower()
-    words = ("gloo", "nccl", "connection", "timed out", "socket", "peer")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
+    known = type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
+    return isinstance(error, RuntimeError) and known
 
 
 def _first_line(error: Exception) -> str:

@@ -34,7 +34,10 @@ def prove(what: str, arch: str, steps: int, *flags: str) -> subprocess.Completed
 def test_stopped_and_killed_at_random_steps_a_run_ends_with_the_bits_of_the_unbroken_one() -> None:
     done = prove("resume", "small_network.py:small", 30, "--stops", "3", "--json")
     assert done.returncode == 0, done.stderr
-    rows = {row["part"]: row for row in json.loads(done.stdout)}
+    proof = json.loads(done.stdout)
+    assert {stop["exit_code"] for stop in proof["interruptions"]} <= {75, -9}
+    assert len(proof["interruptions"]) >= 1
+    rows = {row["part"]: row for row in proof["rows"]}
     assert rows.keys() == {"step", "network", "optimizer", "rows"}
     assert all(row["straight"] == row["stopped"] for row in rows.values())
     assert rows["step"]["straight"] == "30"
@@ -52,7 +55,7 @@ def test_a_network_that_draws_what_no_seed_decides_is_found_out_with_7() -> None
 def test_two_worlds_see_the_same_samples_and_count_the_same() -> None:
     done = prove("ranks", "small_network.py:small", 6, "--worlds", "1,2", "--json")
     assert done.returncode == 0, done.stderr
-    one, two = json.loads(done.stdout)
+    one, two = json.loads(done.stdout)["rows"]
     assert (one["world"], two["world"]) == (1, 2)
     for what in ("samples_and_draws", "schedule", "evaluation", "hits"):
         assert one[what] == two[what]

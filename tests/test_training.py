@@ -140,6 +140,47 @@ def test_max_time_saves_and_ends_with_75(run: Run) -> None:
     assert run.record["last_checkpoint"] == f"step-{run.record['step']:08d}"
 
 
+@pytest.mark.dist
+def test_a_stop_is_told_once_with_its_reason(run: Run) -> None:
+    results = run.go("--epochs", 1000, "--max-time", "1s", "--eval-every", "end", world=2)
+    assert codes(results) == [75, 75]
+    assert results[0].err.count("by --max-time, saved") == 1
+    assert results[1].err == ""
+
+
+def test_a_save_that_is_due_by_the_clock_is_made_once(run: Run) -> None:
+    run.go("--epochs", 1000, "--max-time", "3s", "--checkpoint-every", "1s", "--eval-every", "end")
+    saves = [row["step"] for row in run.rows("event") if row["event"] == "save"]
+    assert 2 <= len(saves) - 2 <= 3  # after one and two seconds, perhaps three; beside the first and the last
+    assert all(later - earlier > 5 for earlier, later in zip(saves[1:-1], saves[2:-1], strict=False))
+
+
+def test_a_data_set_that_has_changed_is_no_resume(run: Run) -> None:
+    from PIL import Image
+
+    folder = run.path.parent / "pictures"
+    for split, kind in ((split, kind) for split in ("train", "test") for kind in ("dark", "light")):
+        (folder / split / kind).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (32, 32), (40 * number,) * 3).save(folder / split / kind / f"{number}.png")
+    flags = ("--dataset", folder, "--batch-size", 4)
+    assert codes(run.go(*flags, "--steps", 4)) == [0]
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(folder / "train" / "dark" / "0.png")
+    changed = run.go(*flags, "--steps", 4)[0]
+    assert changed.code == 3
+    assert "is not the data set that this run began with" in changed.err
+
+
+def test_with_no_sound_checkpoint_left_it_begins_anew_and_drops_the_old_rows(run: Run) -> None:
+    flags = ("--steps", 4, "--log-interval", 2)
+    run.go(*flags)
+    shutil.rmtree(run.path / "checkpoints")
+    with (run.path / "metrics.jsonl").open("a") as rows:
+        rows.write('{"torn')
+    assert codes(run.go(*flags)) == [0]
+    assert [row["step"] for row in run.rows("train")] == [2, 4]
+
+
 def test_stop_at_accuracy_ends_the_run_at_the_evaluation_that_reaches_it(run: Run) -> None:
     result = run.go("--epochs", 50, "--eval-every", "3steps", "--stop-at-accuracy", "0.01")[0]
     assert result.code == 0, result.err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import ProofError, UsageError
+from dtrain.errors import ProofError, Stopped, UsageError
 from dtrain.files import canonical_json
 from dtrain.run import checkpoint
 from dtrain.run.rundir import comparable, read_record, read_rows
@@ -64,11 +65,23 @@ def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Sig
     while process.poll() is None and _step_of(output) < max(step, before + 1):
         time.sleep(POLL_SECONDS)
     if process.poll() is None:
-        if how is signal.SIGKILL:  # the launcher's workers too: they are of its session
-            os.killpg(process.pid, signal.SIGKILL)
+        if how is signal.SIGKILL:
+            for pid in (process.pid, *_descendants(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         else:
             process.send_signal(how)
     return process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Every process that comes from `pid`: a launcher gives its workers sessions of their own."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text(encoding="ascii").split()):
+                found += [child, *_descendants(child)]
+    return found
 
 
 def digests(output: Path) -> dict[str, str]:
@@ -81,8 +94,11 @@ def digests(output: Path) -> dict[str, str]:
 def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
     """Straight against stopped: the run of `flags` once unbroken, once interrupted `stops` times at random steps.
 
-    Every second interruption is SIGKILL, the others SIGTERM. Raises ProofError naming the first differing tensor.
+    Every second interruption is SIGKILL, the others SIGTERM. Raises ProofError naming the first differing tensor, or
+    where the run came to its end before any interruption.
     """
+    if stops < 1:
+        raise UsageError(f"--stops {stops}: give a number greater than 0")
     with tempfile.TemporaryDirectory(prefix="dtrain-prove-") as folder:
         straight, broken = Path(folder) / "straight", Path(folder) / "stopped"
         _run(flags, straight)
@@ -92,7 +108,12 @@ def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
         for number, step in enumerate(steps):
             how = signal.SIGKILL if number % 2 else signal.SIGTERM
             code = _interrupt_at(flags, broken, step, how)
-            history.append({"asked_at_step": step, "by": how.name, "exit_code": code})
+            if code not in (0, Stopped.exit_code, -signal.SIGKILL):
+                raise ProofError(f"asked to stop by {how.name} at step {step}, the run ended with {code}")
+            if code:  # else it was at its end before the signal came
+                history.append({"asked_at_step": step, "by": how.name, "exit_code": code})
+        if not history:
+            raise ProofError(f"the run of {total} steps ended before it could be interrupted; give it more --steps")
         _run(flags, broken)
         after = digests(broken)
         rows = [
@@ -198,8 +219,10 @@ def report(result: dict[str, Any], *, as_json: bool) -> None:
     from dtrain.commands.show import print_table
 
     rows = [{k: v[:16] if isinstance(v, str) and len(v) == 64 else v for k, v in row.items()} for row in result["rows"]]
-    print_table("digests", result["rows"] if as_json else rows, as_json=as_json)
-    if not as_json:
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_table("digests", rows, as_json=False)
         for stop in result.get("interruptions", ()):
             print(
                 f"interrupted by {stop['by']} at step {stop['asked_at_step']} or later, exit code {stop['exit_code']}"

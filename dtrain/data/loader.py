@@ -101,6 +101,12 @@ class Loader:
             raise IndexError(f"there is no batch {step}")
         raise made
 
+    def start(self, step: int) -> None:
+        """Open the reader, compile, and wait until the batch of `step` (or the error of its making) is ready."""
+        self._stop()
+        self._ahead = _Ahead(self, step)
+        self._ahead.wait()
+
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Make batches from `step` on, in the calling thread, without end or until there is none."""
         wanted: list[Request] = []  # requests the reader has been given and that are not yet made
@@ -210,6 +216,10 @@ class _Ahead:
             except queue.Full:
                 continue
         return False
+
+    def wait(self) -> None:
+        while self._ready.empty():
+            time.sleep(POLL_SECONDS / 10)
 
     def take(self) -> Batch | Exception | None:
         self.next_step += 1
