@@ -131,14 +131,16 @@ class Lock:
         self._file: TextIO | None = None
 
     def acquire(self) -> bool:
-        """Take the lock; False if another process, or another Lock of this one, has it. Waits 50 ms at most."""
+        """Take the lock; False if another process, or another Lock of this one, has it. Waits 0.2 s at most."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("a+", encoding="utf-8")
-        if not _flock(file, fcntl.LOCK_EX):
-            time.sleep(0.05)  # it may have been no owner but a passing `is_held`, which lasts microseconds
-            if not _flock(file, fcntl.LOCK_EX):
+        # a refusal may come from no owner but from a passing `is_held`: microseconds, or a few of the kernel's slices
+        deadline = time.monotonic() + 0.2
+        while not _flock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
                 file.close()
                 return False
+            time.sleep(0.02)
         file.seek(0)
         file.truncate()
         file.write(f"{socket.gethostname()} process {os.getpid()}\n")

@@ -276,9 +276,11 @@ def test_looking_at_runs_never_keeps_one_from_starting(tmp_path: Path) -> None:
     watcher = "import sys; from pathlib import Path; from dtrain.run.rundir import summaries\n"
     watcher += "print(flush=True)\nwhile True: summaries(Path(sys.argv[1]))"
     with subprocess.Popen([sys.executable, "-c", watcher, str(tmp_path)], stdout=subprocess.PIPE) as child:
-        assert child.stdout
-        child.stdout.readline()
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
-            open_run(None, tmp_path, "net", fresh=False).close()
-        child.kill()
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                open_run(None, tmp_path, "net", fresh=False).close()
+        finally:
+            child.kill()
