@@ -149,10 +149,11 @@ def test_a_stop_is_told_once_with_its_reason(run: Run) -> None:
 
 
 def test_a_save_that_is_due_by_the_clock_is_made_once(run: Run) -> None:
-    run.go("--epochs", 1000, "--max-time", "3s", "--checkpoint-every", "1s", "--eval-every", "end")
+    run.go("--epochs", 1000, "--max-time", "3s", "--checkpoint-every", "0.5s", "--eval-every", "end")
     saves = [row["step"] for row in run.rows("event") if row["event"] == "save"]
-    assert 2 <= len(saves) - 2 <= 3  # after one and two seconds, perhaps three; beside the first and the last
-    assert all(later - earlier > 5 for earlier, later in zip(saves[1:-1], saves[2:-1], strict=False))
+    by_clock = saves[1:-1]  # without the first and the last
+    assert len(by_clock) >= 2
+    assert all(later - earlier > 1 for earlier, later in zip(by_clock, by_clock[1:], strict=False))
 
 
 def test_a_data_set_that_has_changed_is_no_resume(run: Run) -> None:
