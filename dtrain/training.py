@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from dtrain import plugins, runtime
 from dtrain.config import TrainConfig, parse_seconds
-from dtrain.data.beton import Beton
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.errors import DataError, DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
@@ -142,11 +141,10 @@ class Training:
         stop_after: int | None,
     ) -> None:
         self.config, self.world, self.console, self.plan, self.recorder = config, world, console, plan, recorder
-        self.beton, self.split, self.stop_after = dataset.train, dataset.evaluation_split, stop_after
-        self.data_digest = dataset.digest
+        self.dataset, self.split, self.stop_after = dataset, dataset.evaluation_split, stop_after
         for line in (*machine.why, *plan.lines(config.lr)):
             console.line(line)
-        self.network = self._network(machine, dataset.train)
+        self.network = self._network(machine)
         self.optimizer = build_optimizer(config, self.network.module)
         self.scaler = torch.amp.GradScaler(self.network.device.type, enabled=self.network.dtype == torch.float16)
         self.ema = average_of(self.network.module, config.ema)
@@ -330,11 +328,11 @@ class Training:
         }
         about: dict[str, Any] = {
             "config": self.config.settings(),
-            "class_names": list(self.beton.class_names),
-            "channels": self.beton.channels,
-            "image_size": self.beton.image_size,
+            "class_names": list(self.dataset.train.class_names),
+            "channels": self.dataset.channels,
+            "image_size": self.dataset.image_size,
             "train_size": self.plan.train_size,
-            "data": self.data_digest,
+            "data": self.dataset.digest,
             "plugins": dict(self.recorder.record.plugins),
         }
         folder.sync()
@@ -371,13 +369,14 @@ class Training:
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
-    def _network(self, machine: runtime.Runtime, beton: Beton) -> Network:
+    def _network(self, machine: runtime.Runtime) -> Network:
         """The network, rehearsed: what is wrong with it is told now."""
-        config, size, classes = self.config, beton.image_size, len(beton.class_names)
-        module = build_module(config, num_classes=classes, in_channels=beton.channels, image_size=size)
+        config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
+        classes = len(self.dataset.train.class_names)
+        module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
         # before DDP, which would hide a difference by sending rank 0's
         self.world.same(rehearsal.digest_of(module.state_dict()), f"the initial network of architecture {config.arch}")
-        noise = rehearsal.noise(config.seed, (2, beton.channels, size, size), torch.float32)
+        noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32)
         rehearsal.first_output(module, noise, config.arch, classes)
         moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
         if moving:
@@ -411,7 +410,7 @@ class Training:
                 self.recorder.folder.cut_back(0, evaluated=False)
             self.recorder.event("start", 0)
             return TrainState()
-        if saved.about.get("data", self.data_digest) != self.data_digest:
+        if saved.about.get("data", self.dataset.digest) != self.dataset.digest:
             raise DataError(
                 f"{self.config.dataset} is not the data set that this run began with: an image, a label or a class has "
                 "changed; bring it back, or give another --output"

@@ -23,10 +23,9 @@ def dry_run(config: TrainConfig) -> None:
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     dataset = console.converting(load_dataset(config))
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=at.size)
-    train = dataset.train
-    classes = len(train.class_names)
-    module = build_module(config, num_classes=classes, in_channels=train.channels, image_size=train.image_size)
-    images = noise(config.seed, (2, train.channels, train.image_size, train.image_size), torch.float32)
+    size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)
+    module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
+    images = noise(config.seed, (2, channels, size, size), torch.float32)
     first_output(module, images, config.arch, classes)
     optimizer = build_optimizer(config, module)
     parameters = sum(p.numel() for p in module.parameters())
@@ -36,10 +35,7 @@ def dry_run(config: TrainConfig) -> None:
     console.table(
         "dry run",
         [
-            (
-                "images",
-                f"[{plan.micro_batch}, {train.channels}, {train.image_size}, {train.image_size}] {machine.amp_dtype}",
-            ),
+            ("images", f"[{plan.micro_batch}, {channels}, {size}, {size}] {machine.amp_dtype}"),
             ("logits", f"[{plan.micro_batch}, {classes}]"),
             ("parameters", f"{parameters:,} ({decayed:,} with two dimensions or more)"),
             ("weights and gradients", f"{8 * parameters / 2**20:.1f} MiB"),

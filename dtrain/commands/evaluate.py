@@ -70,7 +70,7 @@ def _counts(
 ) -> dict[str, Any]:
     beton, alone = dataset.evaluation, World(Place(), config.dist_timeout)
     classes = len(beton.class_names)
-    module = build_module(config, num_classes=classes, in_channels=beton.channels, image_size=beton.image_size)
+    module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=dataset.image_size)
     module.load_state_dict(dict(tensors))
     network = wrap(module, config, machine, alone, moving_buffers=False)
     module.eval()

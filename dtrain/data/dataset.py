@@ -20,8 +20,13 @@ from dtrain.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Where a run's images come from. *_samples: indices into the beton beside, int64 [n], in ascending order."""
+    """Where a run's images come from. *_samples: indices into the beton beside, int64 [n], in ascending order.
 
+    image_size, channels: of what the network sees, which may be less than what the betons hold.
+    """
+
+    image_size: int
+    channels: int
     train: Beton
     train_samples: npt.NDArray[np.int64]
     evaluation: Beton
@@ -104,7 +109,8 @@ def load_dataset(config: TrainConfig) -> Generator[Progress, None, DataSet]:
     """The data set of `config`, converted first where that is due; yields progress. Raises what `prepare` raises."""
     betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir)
     train, test = betons["train"], betons["test"]
+    shape = (train.image_size, train.channels)
     if config.val_split is None:
-        return DataSet(train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
+        return DataSet(*shape, train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
     held = stratified(train.labels, config.val_split, config.seed)
-    return DataSet(train, np.flatnonzero(~held), train, np.flatnonzero(held), "val")
+    return DataSet(*shape, train, np.flatnonzero(~held), train, np.flatnonzero(held), "val")
