@@ -55,7 +55,7 @@ def pixels() -> Pixels:
 def dataset(tmp_path_factory: pytest.TempPathFactory, pixels: Pixels) -> DataSet:
     train = converted(tmp_path_factory.mktemp("train"), source_of(pixels, pixels[:1]))
     test = converted(tmp_path_factory.mktemp("test"), source_of(pixels[::-1].copy(), pixels[:1]))
-    return DataSet(32, 3, train, np.arange(COUNT), test, np.arange(COUNT), "test")
+    return DataSet(SIZE, 3, train, np.arange(COUNT), test, np.arange(COUNT), "test")
 
 
 @pytest.fixture
