@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BEAT_SECONDS = 1.0
+WATCHDOG_GRACE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class World:
         if at.size > at.local_size:
             _choose_interface()
         timeout = timedelta(seconds=self.timeout_seconds)
+        # NCCL's watchdog ends a process that waits too long: later than gloo, whose error tells who fell silent
+        patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
         try:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=patience)
             self._control = dist.new_group(backend="gloo", timeout=timeout)
             # a client of its own: the default group's may be busy inside a collective when the beat wants to write
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
