@@ -33,6 +33,7 @@ class Stream(IntEnum):
     REHEARSAL = 8
     SYNTHETIC = 9
     CHECKSUM = 10
+    CROP = 11
 
 
 def _mix(z: Keys) -> Keys:

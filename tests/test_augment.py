@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from dtrain.data.augment import Augmentation, decide, lookup_table, move_pixels
+from dtrain.data.augment import Augmentation, centred, decide, lookup_table, move_pixels
 from dtrain.keyed import Stream, key
 
 Pixels = npt.NDArray[np.uint8]
@@ -88,14 +88,17 @@ def test_nothing_is_decided_where_nothing_is_asked() -> None:
 # -- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def reference(image: Pixels, row: list[int], cutout: int, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def reference(
+    image: Pixels, row: list[int], cutout: int, lut: npt.NDArray[Any], size: int | None = None
+) -> npt.NDArray[Any]:
     """One augmented, normalised image [H, W, C]: shift with black outside, flip, normalise, cutout to the mean, 0."""
     flip, dy, dx, top, left = row
-    size = image.shape[0]
-    shifted = np.zeros_like(image)
+    side = image.shape[0]
+    size = size or side
+    shifted = np.zeros((size, size, image.shape[2]), np.uint8)
     for y in range(size):
         for x in range(size):
-            if 0 <= y + dy < size and 0 <= x + dx < size:
+            if 0 <= y + dy < side and 0 <= x + dx < side:
                 shifted[y, x] = image[y + dy, x + dx]
     if flip:
         shifted = shifted[:, ::-1]
@@ -105,12 +108,16 @@ def reference(image: Pixels, row: list[int], cutout: int, lut: npt.NDArray[Any])
     return out
 
 
-def moved(images: Pixels, table: npt.NDArray[np.int32], cutout: int, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    count, size, _, channels = images.shape
+def moved(
+    images: Pixels, table: npt.NDArray[np.int32], cutout: int, lut: npt.NDArray[Any], size: int | None = None
+) -> npt.NDArray[Any]:
+    count, side, _, depth = images.shape
+    size = size or side
     # between guards, so that a pixel that is written outside is seen
-    guarded = np.full((count + 2, size, size, channels), 7, lut.dtype)
-    offsets = np.arange(count, dtype=np.uint64)[::-1] * np.uint64(size * size * channels)
-    move_pixels(np.ascontiguousarray(images[::-1]).reshape(-1), offsets, table, cutout, lut, guarded[1:-1])
+    guarded = np.full((count + 2, size, size, len(lut)), 7, lut.dtype)
+    offsets = np.arange(count, dtype=np.uint64)[::-1] * np.uint64(side * side * depth)
+    flat = np.ascontiguousarray(images[::-1]).reshape(-1)
+    move_pixels(flat, offsets, side, depth, table, cutout, lut, guarded[1:-1])
     assert (guarded[0] == 7).all()
     assert (guarded[-1] == 7).all()
     return guarded[1:-1]
@@ -168,6 +175,53 @@ def test_gray_images_have_one_channel() -> None:
     out = moved(images, table, 3, lut)
     for i in range(10):
         assert np.array_equal(out[i], reference(images[i], table[i].tolist(), 3, lut))
+
+
+@pytest.mark.parametrize(("side", "shift"), [(9, 0), (13, 4), (13, 9)])
+def test_a_crop_moves_inside_the_stored_image_and_a_shift_shows_black_only_outside_of_it(side: int, shift: int) -> None:
+    images, lut = images_of(60, size=side), lookup_table(MEAN, STD, "float32")
+    augmentation = Augmentation(3, True, shift, 2)
+    table = decide(augmentation, 4, np.arange(60), 8, side)
+    for i in range(60):
+        at = [uniform(side - 8 + 1, 3, Stream.CROP, 4, i, axis) for axis in (0, 1)]
+        row = by_hand(augmentation, 4, i, 8)
+        assert table[i].tolist() == [row[0], row[1] + at[0], row[2] + at[1], *row[3:]]
+    assert np.array_equal(decide(augmentation, 4, np.arange(60), 8, 8), decide(augmentation, 4, np.arange(60), 8))
+    out = moved(images, table, 2, lut, size=8)
+    for i in range(60):
+        assert np.array_equal(out[i], reference(images[i], table[i].tolist(), 2, lut, size=8))
+
+
+def test_crops_without_shift_reach_every_place_and_never_the_outside() -> None:
+    corners = decide(Augmentation(0, False, 0, 0), 0, np.arange(3_000), 8, 10)[:, 1:3]
+    assert {tuple(corner) for corner in corners.tolist()} == {(y, x) for y in range(3) for x in range(3)}
+
+
+@pytest.mark.parametrize(("side", "corner"), [(8, 0), (9, 0), (10, 1), (13, 2)])
+def test_an_evaluation_takes_the_middle(side: int, corner: int) -> None:
+    images, lut = images_of(2, size=side), lookup_table(MEAN, STD, "float32")
+    out = moved(images, centred(2, 8, side), 0, lut, size=8)
+    for i in range(2):
+        middle = images[i, corner : corner + 8, corner : corner + 8]
+        assert np.array_equal(out[i], reference(middle, [0, 0, 0, 0, 0], 0, lut))
+
+
+def test_one_channel_of_three_is_luma_and_equal_channels_are_that_value() -> None:
+    lut = np.arange(256, dtype=np.float32)[None]
+    # 0.299 R + 0.587 G + 0.114 B of BT.601, by hand: 76.245, 149.685, 29.07, 123.65, 255
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [100, 150, 50], [255, 255, 255]], np.uint8)
+    out = moved(colours.reshape(5, 1, 1, 3), np.zeros((5, 5), np.int32), 0, lut)
+    assert out.ravel().tolist() == [76, 150, 29, 124, 255]
+    grays = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(256, 1, 1, 3)
+    assert moved(grays, np.zeros((256, 5), np.int32), 0, lut).ravel().tolist() == list(range(256))
+
+
+def test_gray_pixels_move_as_coloured_ones_do() -> None:
+    images, table = images_of(40, size=11), decide(Augmentation(5, True, 4, 3), 1, np.arange(40), 8, 11)
+    lut = lookup_table((0.5,), (0.25,), "float32")
+    weighed = images.astype(np.int64) @ np.array([19595, 38470, 7471])
+    gray = ((weighed + 32768) // 65536).astype(np.uint8)[..., None]
+    assert np.array_equal(moved(images, table, 3, lut, size=8), moved(gray, table, 3, lut, size=8))
 
 
 # -- normalisation ---------------------------------------------------------------------------------------------------

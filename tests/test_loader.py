@@ -25,7 +25,7 @@ from dtrain.data.augment import Augmentation, decide, lookup_table
 from dtrain.data.beton import Beton
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.data.loader import Batch, Loader, Request, open_loader
-from dtrain.errors import DataError
+from dtrain.errors import DataError, UsageError
 from dtrain.plan import Plan, make_plan
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
@@ -97,11 +97,15 @@ def opened(
     threads: int = 1,
     augmentation: Augmentation | None = AUGMENTATION,
     largest: int = BATCH,
+    size: int | None = None,
+    channels: int = 3,
 ) -> Loader:
     return open_loader(
         beton,
         request_at,
         kind=kind,
+        image_size=size or beton.image_size,
+        channels=channels,
         augmentation=augmentation,
         mean=MEAN,
         std=STD,
@@ -159,6 +163,51 @@ def test_an_evaluation_sees_images_as_they_are(beton: Beton, pixels: Pixels, kin
         images = loader.batch(0).images.permute(0, 2, 3, 1)
     wanted = (pixels[samples] / 255 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(images.numpy(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(11, 3), (11, 1), (SIZE, 1)])
+def test_a_network_may_see_less_than_is_stored(
+    dataset: DataSet, pixels: Pixels, kind: str, size: int, channels: int
+) -> None:
+    seen = replace(dataset, image_size=size, channels=channels)
+    config = config_of(loader=kind)
+    weights = (
+        np.array(MEAN) @ [0.29899597, 0.58700562, 0.11399841],
+        np.array(STD) @ [0.29899597, 0.58700562, 0.11399841],
+    )
+    lut = lookup_table(*((weights[0],), (weights[1],)) if channels == 1 else (MEAN, STD), "float32")
+    gray = ((pixels.astype(np.int64) @ [19595, 38470, 7471] + 32768) >> 16).astype(np.uint8)[..., None]
+    stored = gray if channels == 1 else pixels
+    with seen.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+        batch = loader.batch(7)
+    table = decide(AUGMENTATION, 1, batch.indices.numpy(), size, SIZE)
+    images = [reference(stored[i], row, 5, lut, size) for i, row in zip(batch.indices, table.tolist(), strict=True)]
+    wanted = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(batch.images, wanted, rtol=1e-5, atol=1e-5)
+    chunks = seen.chunks(config, 0, 1, torch.float32, CPU)
+    with chunks.loader:
+        middle = chunks.loader.batch(0).images.permute(0, 2, 3, 1).numpy()
+    corner = (SIZE - size) // 2
+    cut = stored[::-1][:, corner : corner + size, corner : corner + size]
+    flat = np.stack([reference(image, [0, 0, 0, 0, 0], 0, lut) for image in cut])
+    np.testing.assert_allclose(middle, flat, rtol=1e-5, atol=1e-5)
+
+
+def test_ffcv_and_memory_give_equal_bits_of_crops_in_gray(beton: Beton) -> None:
+    wanted = [
+        walked(
+            opened(beton, requests(plan_of(config_of())), needed(kind), threads=threads, size=9, channels=1), range(6)
+        )
+        for kind in KINDS
+        for threads in (1, 2)
+    ]
+    assert wanted.count(wanted[0]) == 4
+
+
+def test_more_than_is_stored_is_refused(beton: Beton) -> None:
+    for size, channels in ((17, 3), (16, 4), (16, 2)):
+        with pytest.raises(UsageError, match=f"stores 16 x 16 pixels in 3 channels; {size} x {size} in {channels}"):
+            opened(beton, lambda step: None, "memory", size=size, channels=channels)
 
 
 def test_batches_may_be_kept(beton: Beton, kind: str) -> None:

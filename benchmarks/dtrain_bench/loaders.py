@@ -31,7 +31,7 @@ def resident_rate(beton: Beton, batches: int) -> float:
     for _ in range(batches):
         table = decide(AUGMENTATION, 0, samples, size)
         out = np.empty((BATCH, size, size, 3), np.float32)
-        move_pixels(flat, beton.pixel_offsets[samples], table, AUGMENTATION.cutout, lut, out)
+        move_pixels(flat, beton.pixel_offsets[samples], size, beton.channels, table, AUGMENTATION.cutout, lut, out)
     return batches * BATCH / (time.perf_counter() - started)
 
 
@@ -42,6 +42,8 @@ def reader_rate(beton: Beton, kind: str, batches: int) -> float:
         beton,
         lambda step: Request(samples, 0) if step <= batches else None,
         kind=kind,
+        image_size=beton.image_size,
+        channels=beton.channels,
         augmentation=AUGMENTATION,
         mean=beton.mean,
         std=beton.std,

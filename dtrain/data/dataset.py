@@ -79,6 +79,8 @@ class DataSet:
             beton,
             request_at,
             kind=config.loader,
+            image_size=self.image_size,
+            channels=self.channels,
             augmentation=augmentation,
             mean=config.mean or self.train.mean,
             std=config.std or self.train.std,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtrain.data.augment import Augmentation, decide, lookup_table, move_pixels
+from dtrain.data.augment import LUMA, Augmentation, centred, decide, lookup_table, move_pixels
 from dtrain.data.beton import Beton
 from dtrain.errors import DataError, UsageError
 from dtrain.keyed import Stream, key
@@ -60,6 +60,8 @@ class Loader:
         request_at: Callable[[int], Request | None],
         *,
         kind: str,
+        image_size: int,
+        channels: int,
         augmentation: Augmentation | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -71,6 +73,7 @@ class Loader:
         self.kind = kind
         self.wait_seconds = 0.0  # spent in `batch`, waiting for one
         self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
+        self._size, self._channels = image_size, channels
         self._lut = lookup_table(mean, std, str(dtype).removeprefix("torch."))
         self._dtype, self._device, self._largest = dtype, device, largest
         self._pool = ThreadPoolExecutor(kernel_threads, "dtrain-kernel") if kernel_threads > 1 else None
@@ -132,13 +135,13 @@ class Loader:
             reader.close()
 
     def _make(self, flat: npt.NDArray[np.uint8], offsets: npt.NDArray[np.uint64], request: Request) -> Batch:
-        size, channels = self._beton.image_size, self._beton.channels
-        count = len(request.indices)
+        size, channels, count = self._size, self._channels, len(request.indices)
+        side, depth = self._beton.image_size, self._beton.channels
         if self._augmentation is not None and request.epoch is not None:
-            table = decide(self._augmentation, request.epoch, request.indices, size)
+            table = decide(self._augmentation, request.epoch, request.indices, size, side)
             cutout = self._augmentation.cutout
         else:
-            table, cutout = np.zeros((count, 5), dtype=np.int32), 0
+            table, cutout = centred(count, size, side), 0
         pin = self._copies is not None
         # short types are written as their bits, which the kernel's table holds
         carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
@@ -147,7 +150,7 @@ class Loader:
 
         def part(number: int) -> None:
             cut = slice(number * count // self._parts, (number + 1) * count // self._parts)
-            move_pixels(flat, offsets[cut], table[cut], cutout, self._lut, out[cut])
+            move_pixels(flat, offsets[cut], side, depth, table[cut], cutout, self._lut, out[cut])
 
         if self._pool is None:
             part(0)
@@ -245,6 +248,8 @@ def open_loader(
     request_at: Callable[[int], Request | None],
     *,
     kind: str,
+    image_size: int,
+    channels: int,
     augmentation: Augmentation | None,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -255,23 +260,39 @@ def open_loader(
 ) -> Loader:
     """A loader of the batches that `request_at(step)` names, out of `beton`; None ends the stream.
 
-    kind: auto (ffcv where it is installed, else memory), ffcv or memory: equal bytes. augmentation: for requests with
-    an epoch. mean, std: per channel in 0..1. largest: images in the largest request. The first batch compiles the
-    kernel once a machine. Raises UsageError for ffcv where it is not installed.
+    kind: auto (ffcv where it is installed, else memory), ffcv or memory: equal bytes. image_size, channels: of what
+    comes out; of larger stored images a keyed crop where there is augmentation, else the middle; one channel out of
+    three is their luma. augmentation: for requests with an epoch. mean, std: in 0..1, one number, or one for each
+    channel that comes out or is stored. largest: images in the largest request. The first batch compiles the kernel
+    once a machine. Raises UsageError for ffcv where it is not installed, and for more pixels than are stored.
     """
     installed = importlib.util.find_spec("ffcv") is not None
     if kind == "ffcv" and not installed:
         raise UsageError("--loader ffcv: FFCV is not installed; pip install 'dtrain[ffcv]', or use --loader memory")
-    channels = beton.channels
+    if image_size > beton.image_size or channels not in (1, beton.channels):
+        raise UsageError(
+            f"{beton.path} stores {beton.image_size} x {beton.image_size} pixels in {beton.channels} channels; "
+            f"{image_size} x {image_size} in {channels} cannot be cut out of it"
+        )
     return Loader(
         beton,
         request_at,
         kind="ffcv" if kind != "memory" and installed else "memory",
+        image_size=image_size,
+        channels=channels,
         augmentation=augmentation,
-        mean=mean * channels if len(mean) == 1 else mean,
-        std=std * channels if len(std) == 1 else std,
+        mean=_per_channel(mean, channels),
+        std=_per_channel(std, channels),
         dtype=dtype,
         device=device,
         kernel_threads=kernel_threads,
         largest=largest,
     )
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One number for each channel. Gray's are those of the colours as luma weighs them: the mean to the dot, the
+    deviation if the colours vary together, which they do in gray images exactly and in photographs nearly."""
+    if channels == 1 < len(values):
+        return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)) / 65536,)
+    return values * channels if len(values) == 1 else values
