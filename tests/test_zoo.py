@@ -95,16 +95,37 @@ def test_allcnn_c_drops_where_it_was_published_and_norms_in_place_of_biases() ->
     assert [m.bias is None for m in module.modules() if isinstance(m, nn.Conv2d)] == [True] * 8 + [False]
 
 
+def maps_of(resnet: Any, side: int) -> list[tuple[int, int]]:
+    """Channels and side of what the stem and each of the four stages gives for square images of RGB."""
+    found: list[tuple[int, int]] = []
+    rooms = [resnet.stem, *resnet.stages[1::2]]
+    for room in rooms:
+        room.register_forward_hook(lambda *call: found.append((call[2].shape[1], call[2].shape[2])))
+    with torch.no_grad():
+        resnet.eval()(torch.zeros(1, 3, side, side))
+    return found
+
+
 def test_resnet18_in_its_cifar_form_halves_the_maps_three_times() -> None:
     module = build("architecture", "resnet18", 10)
     assert parameters(module) == 11_173_962
-    sizes = []
-    for stage in module.stages[1::2]:
-        stage.register_forward_hook(lambda *call: sizes.append(tuple(call[2].shape[1:])))
     assert module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
-    assert sizes == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert maps_of(module, 32) == [(64, 32), (64, 32), (128, 16), (256, 8), (512, 4)]
     # a classifier for 100 in place of 10, a stem for 1 channel in place of 3
     assert parameters(build("architecture", "resnet18", 100, in_channels=1)) == 11_173_962 + 90 * 513 - 2 * 64 * 9
+
+
+def test_resnet18_of_large_images_is_the_published_network() -> None:
+    module = build("architecture", "resnet18", 1000, image_size=224)
+    assert parameters(module) == 11_689_512  # what torchvision tells of its resnet18
+    assert maps_of(module, 224) == [(64, 56), (64, 56), (128, 28), (256, 14), (512, 7)]  # He et al. 2016, table 1
+
+
+def test_resnet18_takes_the_large_stem_from_96_pixels_on_unless_told() -> None:
+    assert maps_of(build("architecture", "resnet18", 2, image_size=95), 95)[0] == (64, 95)
+    assert maps_of(build("architecture", "resnet18", 2, image_size=96), 96)[0] == (64, 24)
+    assert maps_of(build("architecture", "resnet18", 2, image_size=96, stem="small"), 96)[0] == (64, 96)
+    assert maps_of(build("architecture", "resnet18", 2, image_size=32, stem="large"), 32)[0] == (64, 8)
 
 
 def test_resnet18_with_zero_last_norms_begins_as_its_shortcuts() -> None:

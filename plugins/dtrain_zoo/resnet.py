@@ -1,9 +1,13 @@
-"""ResNet-18 for small images (He et al. 2016, with a 3x3 stem and no max-pool for 32x32)."""
+"""ResNet-18 (He et al. 2016, "Deep residual learning", table 1), with a smaller stem for small images."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+LARGE = 96  # pixels a side from which on the published stem, which divides by four, leaves enough to look at
 
 
 class Block(nn.Module):
@@ -28,9 +32,15 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Four stages of blocks, a global average, a linear classifier; [b, C, H, W] to [b, K]."""
 
-    def __init__(self, num_classes: int, in_channels: int, blocks: tuple[int, ...], zero_last_norm: bool) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, blocks: tuple[int, ...], zero_last_norm: bool, large_stem: bool
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(True))
+        kernel, stride, padding = (7, 2, 3) if large_stem else (3, 1, 1)
+        first = nn.Conv2d(in_channels, 64, kernel, stride, padding, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(64), nn.ReLU(True))
+        if large_stem:
+            self.stem.append(nn.MaxPool2d(3, 2, 1))
         stages: list[nn.Module] = []
         channels = 64
         for stage, count in enumerate(blocks):
@@ -52,9 +62,19 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet18(num_classes: int, *, in_channels: int = 3, zero_last_norm: bool = False) -> nn.Module:
-    """ResNet-18 in its CIFAR form; 11,173,962 parameters for 10 classes of RGB images.
+def resnet18(
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    stem: Literal["auto", "small", "large"] = "auto",
+    zero_last_norm: bool = False,
+) -> nn.Module:
+    """ResNet-18; for 10 classes of RGB images 11,173,962 parameters with the small stem, 11,181,642 with the large one.
 
-    zero_last_norm: each block begins as its shortcut (Goyal et al. 2017, section 5.1).
+    stem: small is one 3x3 convolution, as for CIFAR; large is the published 7x7 of stride 2 and a max-pool, a sixteenth
+    of the arithmetic; auto: large from 96 pixels a side on. zero_last_norm: each block begins as its shortcut (Goyal et
+    al. 2017, section 5.1).
     """
-    return ResNet(num_classes, in_channels, (2, 2, 2, 2), zero_last_norm)
+    large = stem == "large" or (stem == "auto" and image_size >= LARGE)
+    return ResNet(num_classes, in_channels, (2, 2, 2, 2), zero_last_norm, large)
