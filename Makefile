@@ -20,7 +20,7 @@ slow:  ## the slow suites; pytest's 5 means that there are none
 	@PYTHON=$(PYTHON) launch/setup_env.sh dev
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5
 
-bench:  ## the two benchmarks of speed, in full
+bench:  ## the trainer and its readers against their bare loops, in full
 	@PYTHON=$(PYTHON) launch/setup_env.sh dev
 	$(BIN)/dtrain bench overhead && $(BIN)/dtrain bench loaders
 

@@ -322,4 +322,18 @@ def _bench_loaders(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
     main(quick=quick, as_json=json_)
 
 
+@bench_app.command("peers")
+def _bench_peers(
+    network: Annotated[list[str] | None, typer.Option(help="allcnn_c or small; repeatable: both if not given")] = None,
+    turns: Annotated[int, typer.Option(help="times each contender is run")] = 5,
+    data_dir: Annotated[Path, typer.Option(help="where CIFAR-10 is looked for; else synthetic images")] = Path("data"),
+    quick: QuickFlag = False,
+    json_: JsonFlag = False,
+) -> None:
+    """The trainer against plain PyTorch, Lightning and Accelerate: images per second, loaders included."""
+    from dtrain_bench.peers import main
+
+    main(networks=network or ["allcnn_c", "small"], turns=turns, data_dir=data_dir, quick=quick, as_json=json_)
+
+
 __all__ = ["DtrainError", "app", "run"]

@@ -55,9 +55,11 @@ INSIDE = (
 )
 DOORS = {
     "ffcv": {"dtrain.data.ffcv_reader"},
-    "torchvision": {"dtrain.data.sources"},
+    "torchvision": {"dtrain.data.sources", "dtrain_bench.contenders.task"},
     "wandb": {"dtrain.run.trackers"},
     "tensorboard": {"dtrain.run.trackers"},
+    "lightning": {"dtrain_bench.contenders.with_lightning"},
+    "accelerate": {"dtrain_bench.contenders.with_accelerate"},
 }
 LAUNCHERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run")
 FILE_LINES, FUNCTION_LINES = 300, 60
@@ -179,6 +181,17 @@ def test_the_zoo_needs_torch_alone() -> None:
         for found in imports_of(path)
     }
     assert foreign - sys.stdlib_module_names <= {"torch", "dtrain_zoo"}
+
+
+def test_what_dtrain_is_compared_with_knows_nothing_of_it() -> None:
+    known = {
+        found.module
+        for name, path in FILES.items()
+        if name.startswith("dtrain_bench.contenders")
+        for found in imports_of(path)
+        if found.module.split(".")[0] in PACKAGES and not found.module.startswith("dtrain_bench.contenders")
+    }
+    assert known == {"dtrain_zoo.allcnn"}
 
 
 def test_the_benchmarks_use_public_names_only() -> None:

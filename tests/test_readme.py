@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from dtrain_bench.peers import table
 from warm import Warm
 
 REPOSITORY = Path(__file__).parents[1]
@@ -67,6 +68,15 @@ def test_the_table_says_what_the_records_say() -> None:
             assert result["turns"] >= 9
             low, high = result["ratio_quartiles"]
             assert f"{result['ratio_median']:.2f} [{low:.2f}, {high:.2f}]" in README
+
+
+def test_the_comparison_with_others_is_the_record_s() -> None:
+    path = RESULTS / "peers.json"
+    if not path.is_file():
+        pytest.skip("not measured yet: dtrain bench peers --json > benchmarks/results/peers.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["turns"] >= 5
+    assert table(record) in README  # python -m dtrain_bench.peers < benchmarks/results/peers.json
 
 
 def test_every_file_that_the_readme_links_to_is_there() -> None:

@@ -11,8 +11,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from dtrain.errors import ProofError
 from dtrain.run.rundir import read_rows
+from dtrain_bench.processes import output_of
 from dtrain_bench.ratios import ratios, show
 
 BATCH, WARMUP = 128, 4  # images of one process's share; steps before the measurement begins
@@ -29,7 +29,7 @@ def trainer_rate(steps: int, processes: int) -> float:
         flags += f" --opt sgd --momentum 0.9 --nesterov --lr 0.01 --batch-size {BATCH * processes}"
         flags += f" --steps {WARMUP + steps} --threads 1 --nproc {processes} --output {output}"
         flags += f" --log-interval {WARMUP} --eval-every end --checkpoint-every end"
-        _output_of([sys.executable, "-m", "dtrain", "train", *flags.split()])
+        output_of([sys.executable, "-m", "dtrain", "train", *flags.split()])
         rows = [row for row in read_rows(output) if row["kind"] == "train"]
         images = (rows[-1]["samples"] - rows[0]["samples"]) / processes
         return float(images / (rows[-1]["clock"]["cpu_seconds"] - rows[0]["clock"]["cpu_seconds"]))
@@ -39,15 +39,8 @@ def bare_rate(steps: int, processes: int) -> float:
     """Images per CPU-second of bare loops, `processes` of them at once; their mean."""
     command = [sys.executable, "-m", "dtrain_bench.bare", *map(str, (BATCH, steps, WARMUP, 1))]
     others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes - 1)]
-    rates = [float(_output_of(command)), *(float(other.communicate()[0]) for other in others)]
+    rates = [float(output_of(command)), *(float(other.communicate()[0]) for other in others)]
     return sum(rates) / processes
-
-
-def _output_of(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ProofError(f"{' '.join(command[1:4])} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return done.stdout
 
 
 def main(*, quick: bool, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -32,10 +32,15 @@ def ratios(ours: Callable[[], float], theirs: Callable[[], float], *, turns: int
         else:
             first, second = ours(), theirs()
         pairs.append((first, second))
+    return compared(pairs)
+
+
+def compared(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Of pairs (ours, theirs): the median of each side, and the median, quartiles and range of the pairs' ratios."""
     values = sorted(a / b for a, b in pairs)
     quartiles = statistics.quantiles(values, n=4) if len(values) > 2 else [values[0], values[0], values[-1]]
     return {
-        "turns": turns,
+        "turns": len(pairs),
         "ours": statistics.median(a for a, _ in pairs),
         "theirs": statistics.median(b for _, b in pairs),
         "ratio_median": statistics.median(values),
