@@ -12,9 +12,10 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 import dtrain
-from dtrain.config import TrainConfig, flag_of, settings_fields, type_of
+from dtrain.config import TrainConfig, coerced, flag_of, settings_fields, type_of
 from dtrain.errors import DtrainError, UsageError, nearest
 from dtrain.plugins import find
+from dtrain.run import trackers
 
 app = typer.Typer(
     name="dtrain",
@@ -99,7 +100,7 @@ def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
     if about["choices"]:
         text += f"; one of {', '.join(about['choices'])}"
     annotation: Any = str | None  # values are checked in one place, config.coerced, whatever layer they come from
-    shown = "" if optional or default in ("", None) else f"{default:g}" if kind is float else str(default)
+    shown = "" if optional or default in ("", None, ()) else f"{default:g}" if kind is float else str(default)
     if kind is bool:
         flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
         annotation = bool | None
@@ -120,7 +121,8 @@ def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
 
 
 def _metavar(kind: Any) -> str:
-    names = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT"}  # " ": click then shows nothing
+    # " ": click then shows nothing
+    names = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT", tuple[str, ...]: "NAME,NAME"}
     return "K=V" if get_origin(kind) is dict else names.get(kind, "X,X,X")
 
 
@@ -157,6 +159,7 @@ def _train(
         raise UsageError(f"--nproc {nproc}: give 1 or more")
     find("architecture", asked.arch)  # a slip is told before torch is imported
     find("optimizer", asked.opt)
+    trackers.find(asked.track)
     if nproc > 1:
         from dtrain.commands.launch import launch
 
@@ -208,6 +211,18 @@ def _runs(
     from dtrain.run.rundir import summaries
 
     print_table("runs", summaries(folder), as_json=json_)
+
+
+@app.command("sync", rich_help_panel=LOOK)
+def _sync(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    track: Annotated[str, typer.Option(help="trackers, comma-separated; those that followed it if not given")] = "",
+    json_: JsonFlag = False,
+) -> None:
+    """Send a run to trackers such as wandb, from its metrics.jsonl: what they missed, or all of it."""
+    from dtrain.commands.sync import sync_run
+
+    sync_run(run, coerced("track", track), as_json=json_)
 
 
 @app.command("archs", rich_help_panel=INSTALLED)

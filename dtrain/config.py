@@ -182,6 +182,9 @@ class TrainConfig:
     )
     keep: int = setting(2, "The run", "place", "checkpoints to keep beside the last and the best")
     log_interval: int = setting(50, "The run", "place", "steps between two log lines")
+    track: tuple[str, ...] = setting(
+        (), "The run", "place", "trackers to send the curves to, comma-separated: wandb, tensorboard, csv"
+    )
     max_time: str | None = setting(None, "The run", "place", "save and stop after this long: 90s, 45min, 2h")
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
@@ -310,6 +313,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return _options(value)
     if get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if get_args(kind)[0] is str:
+            return tuple(name for part in parts if (name := str(part).strip()))
         return tuple(_number(float, part) for part in parts)
     if kind is bool:
         if str(value).lower() not in ("true", "false"):

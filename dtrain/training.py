@@ -28,7 +28,7 @@ from dtrain.model.network import Network, average_of, build_module, wrap
 from dtrain.model.optimization import Packed, build_optimizer, pack, set_lr, unpack
 from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, make_plan
-from dtrain.run import checkpoint
+from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, resolved_before
 from dtrain.run.state import Stopwatch, TrainState
@@ -67,7 +67,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             recorder = world.main_first(
                 lambda main: open_recorder(config, main=main, command=command, resolved=resolved)
             )
-            opened.callback(recorder.close)
+            opened.callback(recorder.close, console)
             run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
             run.state.seconds["start-up"] += time.monotonic() - started
             summary = run.loop()
@@ -90,6 +90,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     """Decide what to compute with, meet the others, and agree with them: rank 0's precision is everybody's."""
     plugins.find("architecture", config.arch)  # a wrong name is told before anything is downloaded or converted
     plugins.find("optimizer", config.opt)
+    trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     if at.size > 1:
         world.join(at, asked.backend)

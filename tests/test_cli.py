@@ -19,11 +19,11 @@ FLAGS = (
     "--data-dir --cache-dir --val-split --loader --flip --shift --cutout --mean --std --eval-batch-size --device "
     "--backend --threads --dist-timeout --sync-bn --amp-dtype --channels-last --compile --seed --deterministic "
     "--output --name --resume --checkpoint-every --keep --eval-every --log-interval --max-time --stop-at-accuracy "
-    "--recipe "
+    "--recipe --track "
     "--config --dry-run --nproc --debug"
 )
 PANELS = ["What is trained", "Optimization", "Data", "Evaluation", "Machine", "The run"]
-HEAVY = {"torch", "torchvision", "numba", "ffcv", "dtrain_zoo"}
+HEAVY = {"torch", "torchvision", "numba", "ffcv", "dtrain_zoo", "wandb", "tensorboard"}
 
 
 def dtrain(*arguments: str, cwd: Path | None = None, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def test_dtrain_alone_prints_its_help() -> None:
     alone, asked = dtrain(), dtrain("--help")
     assert (alone.returncode, alone.stderr) == (0, "")
     assert alone.stdout.strip() == asked.stdout.strip()
-    for verb in ("train", "config", "eval", "runs", "archs", "optimizers", "plugins", "data", "prove", "bench"):
+    for verb in ("train", "config", "eval", "runs", "sync", "archs", "optimizers", "plugins", "data", "prove", "bench"):
         assert re.search(rf"│ {verb} +\w", alone.stdout), verb
 
 
@@ -84,6 +84,7 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
         "--nproc N processes on this machine, as torchrun starts them [default: 1]",
         "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
         "--amp-dtype TEXT type of the arithmetic; weights stay float32; one of auto, float32, bfloat16, float16",
+        "--track NAME,NAME trackers to send the curves to, comma-separated: wandb, tensorboard, csv",
         "--flip --no-flip mirror training images left to right, half of them [default: no]",
     ],
 )
@@ -175,6 +176,7 @@ def test_a_mistake_is_told_as_it_is_typed(tmp_path: Path) -> None:
         ("runs --jsn", "--jsn is not a flag; did you mean '--json'?"),
         ("--arch allcnn_c --schedule cosin", "--schedule cosin: not a choice; did you mean 'cosine'?"),
         ("--arch allcnn_c --opt sdg", "optimizer 'sdg' is not installed; did you mean 'sgd'?"),
+        ("--arch allcnn_c --track csv,wandbb", "--track wandbb: not a tracker; did you mean 'wandb'?"),
         ("--arch allcnn_c --recipe allcnn", "recipe 'allcnn' is not installed; did you mean 'allcnn_c'?"),
         ("--arch allcnn_c --lr fast", "--lr fast: give a number"),
         ("--arch allcnn_c --lr", "Option '--lr' requires an argument."),

@@ -211,6 +211,7 @@ OTHERS: dict[str, Any] = {  # another allowed value for fields whose type does n
     "eval_every": "end",
     "checkpoint_every": "end",
     "max_time": "1h",
+    "track": ("csv",),
     "resume": "none",
     "output": Path("x"),
     "cache_dir": Path("x"),
@@ -252,7 +253,7 @@ def test_what_is_a_place_is_written_down_by_hand() -> None:
     # everything else shapes the numbers: a new field is one or the other on purpose
     places = {
         "recipe data_dir cache_dir loader device backend threads dist_timeout output name resume checkpoint_every keep "
-        "log_interval max_time"
+        "log_interval track max_time"
     }
     assert {f.name for f in settings_fields() if f.metadata["mark"] == "place"} == set(*(p.split() for p in places))
 

@@ -44,7 +44,8 @@ INSIDE = (
     ),
     (
         ("dtrain.run.recorder",),
-        ("dtrain.run.rundir",),
+        ("dtrain.run.tracking",),
+        ("dtrain.run.rundir", "dtrain.run.trackers"),
         ("dtrain.run.checkpoint",),
     ),
     (

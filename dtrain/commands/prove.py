@@ -201,7 +201,7 @@ def _distance(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> float:
 def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -> list[dict[str, Any]]:
     """What `world` processes count for the last checkpoint of `run`, as if a stop had left its evaluation due."""
     saved = _load_last(run)
-    shutil.copytree(run, output, ignore=shutil.ignore_patterns(checkpoint.FOLDER, "lock"))
+    shutil.copytree(run, output, ignore=shutil.ignore_patterns(checkpoint.FOLDER, "lock", "trackers"))
     (output / checkpoint.FOLDER).mkdir()
     checkpoint.save(
         output / checkpoint.FOLDER,

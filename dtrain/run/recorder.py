@@ -12,16 +12,22 @@ from typing import Any
 from dtrain import plugins
 from dtrain.config import TrainConfig, read_config
 from dtrain.errors import DtrainError, StorageError, UsageError
+from dtrain.run.console import Console
 from dtrain.run.rundir import CONFIG, Record, Row, RunDir, environment, open_run, read_record, read_rows, versions
+from dtrain.run.tracking import Tracking
 
 
 class Recorder:
-    """The run directory and its record. Without a directory (every rank but 0) every method does nothing."""
+    """The run directory, its record, and who follows it. Without a directory (every rank but 0) no method does a thing.
 
-    def __init__(self, path: Path, folder: RunDir | None, record: Record) -> None:
+    track: names of trackers, checked.
+    """
+
+    def __init__(self, path: Path, folder: RunDir | None, record: Record, track: Sequence[str] = ()) -> None:
         self.path = path
         self.folder = folder
         self.record = record
+        self._tracking = Tracking(path, track)
 
     def update(self, **changed: Any) -> None:
         """Change run.json."""
@@ -33,6 +39,7 @@ class Recorder:
         """Add a row to metrics.jsonl."""
         if self.folder is not None:
             self.folder.append(row)
+            self._tracking.row(row)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         """Add an event row: start, resume, save, stop, finish."""
@@ -48,16 +55,12 @@ class Recorder:
         with contextlib.suppress(StorageError):
             self.update(status="failed", exit_code=code, reason=f"{type(error).__name__}: {error}")
 
-    def close(self) -> None:
-        """Let others have the directory."""
+    def close(self, console: Console) -> None:
+        """Let others have the directory, when those who follow the run have had their few seconds."""
+        for line, fell_short in self._tracking.close():
+            (console.warn if fell_short else console.line)(line)
         if self.folder is not None:
             self.folder.close()
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def path_of(config: TrainConfig) -> Path:
@@ -100,22 +103,18 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
             _refuse_other_settings(folder.path, config)
         folder.write_config(config.settings())
         found = (plugins.find("architecture", config.arch), plugins.find("optimizer", config.opt))
-        recorder = Recorder(
-            folder.path,
-            folder,
-            Record(
-                status="running",
-                step=before.step if before else 0,
-                last_checkpoint=before.last_checkpoint if before else None,
-                command=list(command),
-                environment=environment(),
-                versions=versions(),
-                resolved=dict(resolved),
-                plugins={plugin.kind: f"{plugin.distribution} {plugin.version}" for plugin in found},
-            ),
+        record = Record(
+            status="running",
+            step=before.step if before else 0,
+            last_checkpoint=before.last_checkpoint if before else None,
+            command=list(command),
+            environment=environment(),
+            versions=versions(),
+            resolved=dict(resolved),
+            plugins={plugin.kind: f"{plugin.distribution} {plugin.version}" for plugin in found},
         )
-        recorder.update()
-        return recorder
+        folder.write_record(record)
+        return Recorder(folder.path, folder, record, config.track)
     except BaseException:
         folder.close()
         raise

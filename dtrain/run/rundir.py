@@ -27,9 +27,9 @@ from typing import Any, Literal, Self, get_args
 
 import tomli_w
 
+from dtrain.config import CHECKPOINTS
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import Lock, finite, whole_file, write_json
-from dtrain.run.checkpoint import FOLDER
 
 Row = Mapping[str, Any]
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -64,7 +64,7 @@ class RunDir:
 
     def __init__(self, path: Path, lock: Lock) -> None:
         self.path = path
-        self.checkpoints = path / FOLDER
+        self.checkpoints = path / CHECKPOINTS
         self._lock = lock
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
@@ -165,7 +165,7 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    rows = [_row(line) for line in lines[:-1]]  # what follows the last line end is nothing, or torn
+    rows = [parsed(line) for line in lines[:-1]]  # what follows the last line end is nothing, or torn
     while rows and rows[-1] is None:
         rows.pop()
     if None in rows:
@@ -173,7 +173,8 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of metrics.jsonl; None if it is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,0 +1,264 @@
+"""Where rows can be sent beside metrics.jsonl: wandb, TensorBoard, csv files. A class each, and their table.
+
+A tracker lives in a process of its own (tracking.py): it may be slow, raise, hang or die, and the run does not notice.
+It is given the train and eval rows in order of their `position`, beginning after the last that it holds, so that a
+resume, which computes equal rows again, adds none twice. What it misses is in metrics.jsonl, for `dtrain sync`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TextIO
+
+from dtrain.errors import UsageError, nearest
+from dtrain.files import write_json
+
+Row = Mapping[str, Any]
+NOTHING = -1  # the position before every row
+INIT_SECONDS = 10.0  # that wandb waits for its server, once for the key and once for the run, before it works offline
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is kept of a tracker between sessions, in its folder's state.json.
+
+    held: the position of the last row that is safe there; a session that was killed leaves it as it was.
+    where: for people, how to look at it. error: why it fell short, as the end of a sentence.
+    """
+
+    id: str | None = None
+    held: int = NOTHING
+    where: str = ""
+    error: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> State:
+        """The state in `folder`; of a new tracker where there is none, or none that can be read."""
+        try:
+            return cls(**json.loads((folder / STATE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, folder: Path) -> None:
+        """Keep it, whole or not at all. OSError of the disk comes out as it is."""
+        write_json(folder / STATE, vars(self))
+
+
+@dataclass(frozen=True)
+class About:
+    """What a tracker is told of a run: its name, every setting, and the environment, versions and `auto` values."""
+
+    name: str
+    settings: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    """One session. Built by `cls(folder, about, state, live=...)`; whatever it raises ends this tracker alone.
+
+    live: a run goes on beside it, so that without a server it should make do; else the user waits for an answer.
+    """
+
+    distribution: ClassVar[str | None]  # the package it needs, which is also the name of dtrain's extra
+    state: State  # where it begins, on disk before it touches anything; it wants no row up to `held`
+
+    def write(self, row: Row) -> None:
+        """Take a train or eval row."""
+        ...
+
+    def close(self, exit_code: int | None) -> State:
+        """Return when all rows are safe, and how far that is. exit_code: of the run, None if it died."""
+        ...
+
+
+def find(names: Sequence[str]) -> list[Callable[..., Tracker]]:
+    """The classes of `--track`. Imports none of their packages.
+
+    Raises UsageError for a name that is none, naming the nearest, and for a package that is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise UsageError(f"--track {name}: not a tracker; {nearest(name, TRACKERS)}")
+        if (package := TRACKERS[name].distribution) is None:
+            continue
+        try:  # not by find_spec, to which a folder of this name in the working directory would do
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UsageError(
+                f"--track {name}: the package {package} is not installed; pip install 'dtrain[{package}]'"
+            ) from None
+    return [TRACKERS[name] for name in names]
+
+
+def position(row: Row) -> int:
+    """Grows from row to row of a run, and is the same for a row computed again: three to a step, train, raw, EMA."""
+    return 3 * int(row["step"]) + (0 if row["kind"] == "train" else 1 if row["weights"] == "raw" else 2)
+
+
+def figures(row: Row) -> dict[str, float]:
+    """The numbers of a row under the names of a curve: train/loss, test/top1_fraction, val_ema/loss, ...
+
+    An eval row's counts become fractions. What was not finite, and so is null in a row, is left out.
+    """
+    group, flat = "train", {**row, **row.get("clock", {})}
+    if row["kind"] == "eval":
+        group = row["split"] if row["weights"] == "raw" else f"{row['split']}_{row['weights']}"
+        flat["top1_fraction"], flat["top5_fraction"] = (row[name] / row["images"] for name in ("hits", "hits5"))
+    left_out = ("step", "checksum", "time", "hits", "hits5", "images")
+    return {
+        f"{group}/{name}": float(value)
+        for name, value in flat.items()
+        if name not in left_out and isinstance(value, int | float)
+    }
+
+
+def _time(row: Row) -> float:
+    return float(row["clock"]["time"])
+
+
+class Csv:
+    """train.csv and eval.csv: the rows as they are, in columns; begun anew by each session."""
+
+    distribution: ClassVar[str | None] = None
+
+    def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
+        self.state = replace(state, held=NOTHING, where=str(folder))
+        self.state.write(folder)
+        self._folder, self._held = folder, NOTHING
+        self._files: dict[str, tuple[TextIO, csv.DictWriter[str]]] = {}
+
+    def write(self, row: Row) -> None:
+        flat = {name: value for name, value in {**row, **row["clock"]}.items() if name not in ("kind", "clock")}
+        if row["kind"] not in self._files:
+            begun = (self._folder / f"{row['kind']}.csv").open("w", encoding="utf-8", newline="")
+            self._files[row["kind"]] = (begun, csv.DictWriter(begun, list(flat), extrasaction="ignore"))
+            self._files[row["kind"]][1].writeheader()
+        file, writer = self._files[row["kind"]]
+        writer.writerow(flat)
+        file.flush()
+        self._held = position(row)
+
+    def close(self, exit_code: int | None) -> State:
+        for file, _ in self._files.values():
+            file.close()
+        return replace(self.state, held=self._held)
+
+
+class TensorBoard:
+    """Scalars, and the settings for the HParams page, in an event file a session.
+
+    By its own writer and not torch's, which does the same and imports torch. A session begins with a mark that all of
+    its step and later is void, so what an earlier one wrote without living to say so is not seen twice.
+    """
+
+    distribution: ClassVar[str | None] = "tensorboard"
+
+    def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        step = max(0, state.held // 3)  # of whose rows some may be missing, so all are written again
+        self.state = replace(state, held=3 * step - 1, where=f"tensorboard --logdir {folder}")
+        self.state.write(folder)
+        self._held = state.held
+        self._writer = EventFileWriter(str(folder))
+        self._writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        settings = {name: _scalar(value) for name, value in about.settings.items()}
+        self._writer.add_event(Event(step=step, summary=hparams_pb(settings, trial_id=about.name)))
+        self._writer.flush()
+
+    def write(self, row: Row) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures(row).items()]
+        self._writer.add_event(Event(step=row["step"], wall_time=_time(row), summary=Summary(value=values)))
+        self._writer.flush()
+        self._held = position(row)
+
+    def close(self, exit_code: int | None) -> State:
+        self._writer.close()
+        return replace(self.state, held=self._held)
+
+
+def _scalar(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+class Wandb:
+    """A wandb run, the same over resumes: its id is kept. Settings become its config, steps the axis of every curve.
+
+    wandb's own environment variables win over what is said here. `position` is its internal step, which only grows: a
+    server that already has a row takes it no second time, and says in `starting_step` how far it is. An offline folder
+    holds all rows, so that `wandb sync` of the newest is enough; what is in it counts as not yet sent.
+    """
+
+    distribution: ClassVar[str | None] = "wandb"
+
+    def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
+        import wandb
+
+        id_ = os.environ.get("WANDB_RUN_ID") or state.id or secrets.token_hex(4)
+        replace(state, id=id_).write(folder)  # before a server may know it
+        asked = {
+            "id": ("WANDB_RUN_ID", id_),
+            "resume": ("WANDB_RESUME", "allow"),
+            "project": ("WANDB_PROJECT", "dtrain"),
+            "name": ("WANDB_NAME", about.name),
+            "dir": ("WANDB_DIR", str(folder.parent)),  # wandb adds its name
+        }
+        given: dict[str, Any] = {name: value for name, (env, value) in asked.items() if not os.environ.get(env)}
+        limit: dict[str, Any] = {}
+        if live and not os.environ.get("WANDB_INIT_TIMEOUT"):
+            limit["init_timeout"] = INIT_SECONDS
+        # the use of the machine that is shown is that of the trainer; afterwards there is none to show
+        settings = wandb.Settings(console="off", x_stats_pid=os.getppid(), x_disable_stats=not live, **limit)
+        reason = None
+        try:
+            self._run = wandb.init(**given, settings=settings)
+        except Exception as error:  # no key, no network, no such project: whatever it is, it is told
+            if not live:
+                raise
+            reason = f"it works offline: {' '.join(str(error).split()) or type(error).__name__}"
+            wandb.teardown()  # its service, where the id is taken as long as it waits for an answer; a few seconds
+            self._run = wandb.init(**given, settings=settings, mode="offline")
+        self._sends = not (self._run.offline or self._run.disabled)
+        if self._sends:
+            where, held = self._run.url or "", self._run.starting_step - 1
+        else:
+            where, held = f"wandb sync {Path(self._run.dir).parent}", NOTHING
+            reason = reason or f"WANDB_MODE is {self._run.settings.mode}"
+        self.state = State(id_, held, where, reason)
+        self.state.write(folder)
+        self._held = held
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._run.config.update({**about.settings, "dtrain": dict(about.facts)}, allow_val_change=True)
+
+    def write(self, row: Row) -> None:
+        told = {"step": row["step"], **figures(row), "_timestamp": _time(row)}
+        self._run.log(told, step=position(row), commit=True)
+        if self._sends:
+            self._held = position(row)
+
+    def close(self, exit_code: int | None) -> State:
+        if exit_code == 75:  # stopped, to go on: wandb's word for it
+            self._run.mark_preempting()
+        self._run.finish(exit_code=1 if exit_code is None else exit_code)
+        return replace(self.state, held=self._held)
+
+
+TRACKERS: dict[str, type[Csv] | type[TensorBoard] | type[Wandb]] = {
+    "csv": Csv,
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+}

@@ -1,0 +1,256 @@
+"""A run is followed by one process for each tracker, which reads metrics.jsonl as it grows and sends on what is new.
+
+    trainer, rank 0                         python -m dtrain.run.tracking RUN wandb follow
+      a row into metrics.jsonl
+      a byte into the pipe     ------->     wakes, reads the new lines, gives them to the tracker
+      at the end at most LIMIT_SECONDS, then it is killed
+
+The file is the queue: nothing is copied or dropped, and what a tracker missed is still there for `dtrain sync`, which
+starts the same process and has it read the file from its beginning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.config import read_config
+from dtrain.errors import UsageError
+from dtrain.files import Lock
+from dtrain.run.console import shown
+from dtrain.run.rundir import CONFIG, LOCK, METRICS, Row, parsed, read_record
+from dtrain.run.trackers import NOTHING, About, State, Tracker, find, position
+from dtrain.world import STOP_SIGNALS
+
+FOLDER = "trackers"  # of a run directory; in it a folder for each tracker
+LOG = "log.txt"  # what the tracker and its package say
+LIMIT_SECONDS = 4.0  # that the end of a run waits for all trackers together; five with what cannot be bounded closely
+ORPHAN_SECONDS = 60.0  # that a process goes on after a run that did not live to end it
+ROW, END = b"\n", b"."  # what the trainer writes into the pipe
+
+
+def folder_of(run: Path, name: str) -> Path:
+    """Where a tracker keeps its state, its log and what it writes."""
+    return run / FOLDER / name
+
+
+class Tracking:
+    """The followers of a run, as the trainer holds them. No method raises, waits (but for `close`) or starts a thread.
+
+    Cost: starting one process a tracker, and a system call a row.
+    """
+
+    def __init__(self, run: Path, names: Sequence[str]) -> None:
+        self._run = run
+        self._last = NOTHING  # position of the last row
+        self._followers: dict[str, subprocess.Popen[bytes]] = {}
+        self._failed: dict[str, str] = {}
+        for name in dict.fromkeys(names):
+            try:
+                self._followers[name] = self._start(name)
+            except OSError as error:
+                self._failed[name] = f"cannot be started: {error.strerror}"
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
+        folder = folder_of(self._run, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG).open("ab") as log:
+            # in a session of its own: Ctrl-C on the terminal is for the trainer
+            follower = subprocess.Popen(
+                _command(self._run, name, "follow"),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                bufsize=0,
+                start_new_session=True,
+            )
+        if follower.stdin is not None:
+            os.set_blocking(follower.stdin.fileno(), False)
+        return follower
+
+    def row(self, row: Row) -> None:
+        """A row has been added to metrics.jsonl."""
+        if row["kind"] != "event":
+            self._last = max(self._last, position(row))
+        self._ring(ROW)
+
+    def _ring(self, byte: bytes) -> None:
+        for follower in self._followers.values():
+            # full: it has not heard the last 65,536 bells, and one is enough. Broken: it is dead, and `close` tells
+            with contextlib.suppress(OSError):
+                if follower.stdin is not None:
+                    follower.stdin.write(byte)
+
+    def close(self) -> list[tuple[str, bool]]:
+        """End the followers, in LIMIT_SECONDS or at once after Ctrl-C.
+
+        Returns a line about each, and whether it fell short.
+        """
+        self._ring(END)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        for name, follower in self._followers.items():
+            try:
+                follower.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._failed[name] = f"did not end within {LIMIT_SECONDS:g} s"
+            except KeyboardInterrupt:
+                self._failed[name], deadline = "was not waited for", 0.0
+            if follower.returncode is None:
+                _kill(follower)
+            elif follower.returncode:
+                self._failed[name] = f"ended with {follower.returncode}, see {folder_of(self._run, name) / LOG}"
+            if follower.stdin is not None:
+                follower.stdin.close()
+        told = [self._told(name) for name in dict.fromkeys([*self._followers, *self._failed])]
+        self._followers = {}
+        return told
+
+    def _told(self, name: str) -> tuple[str, bool]:
+        state = State.read(folder_of(self._run, name))
+        if state.held >= self._last:
+            return f"{name}: {state.where or 'there was nothing to send'}", False
+        reason = state.error or self._failed.get(name, "not all rows are there")
+        return f"{name}: {reason}; nothing is lost: dtrain sync {shown(self._run)} sends what is missing there", True
+
+
+def _command(run: Path, name: str, how: str) -> list[str]:
+    return [sys.executable, "-m", "dtrain.run.tracking", str(run), name, how]
+
+
+def _kill(follower: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(follower.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a disk that hangs holds on to it
+        follower.wait(0.2)
+
+
+def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Send all rows of a run that has ended to trackers, which take those that they lack. The package may talk.
+
+    names: empty for those that have followed it. Returns a row for each: tracker, where, error.
+    Raises UsageError for a run that is not there or still running, or without a tracker to send it to.
+    """
+    record = read_record(run)
+    if record is None:
+        raise UsageError(f"{run}: no run is there; give a run directory")
+    if Lock(run / LOCK).is_held():
+        raise UsageError(f"{run} is still running; sync it when it has ended")
+    if not names:
+        names = sorted(path.name for path in (run / FOLDER).glob("*/"))
+    if not names:
+        raise UsageError(f"{run} was not tracked; name a tracker: --track wandb")
+    find(names)
+    results = []
+    for name in names:
+        if (lock := Lock(folder_of(run, name) / LOCK)).is_held():
+            raise UsageError(f"{folder_of(run, name)} is in use by {lock.owner()}; try again when that has ended")
+        folder_of(run, name).mkdir(parents=True, exist_ok=True)
+        code = subprocess.run(_command(run, name, "again"), stdin=subprocess.DEVNULL, check=False).returncode
+        state = State.read(folder_of(run, name))
+        error = (state.error or f"ended with {code}") if code else None
+        results.append({"tracker": name, "where": state.where, "error": error})
+    return results
+
+
+# -- in a tracker's own process ----------------------------------------------------------------------------------------
+
+
+def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> State:
+    """Give a tracker the rows it lacks, now and whenever `wait` returns True, and a last time when it returns False.
+
+    live: see Tracker. Returns the state it ends with; whatever the tracker raises comes out.
+    """
+    folder = folder_of(run, name)
+    state = replace(State.read(folder), error=None)
+    if not live:
+        state = replace(state, held=NOTHING)  # offered all: it knows best what it lacks
+    tracker: Tracker | None = None
+    more = wait()  # the first bell comes after a resume has cut the file back
+    lines = _lines(run / METRICS)
+    while True:
+        while (row := next(lines)) is not None:
+            if row["kind"] == "event" or position(row) <= state.held:
+                continue
+            if tracker is None:
+                tracker = find([name])[0](folder, _about(run), state, live=live)
+                state = tracker.state
+                lines = _lines(run / METRICS)  # from the beginning: it may want more than this row
+            else:
+                tracker.write(row)
+        if not more:
+            break
+        more = wait()
+    if tracker is not None:
+        record = read_record(run)
+        state = tracker.close(record.exit_code if record is not None else None)
+    state.write(folder)
+    return state
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """The rows of a growing file, None whenever there is no further whole line. Never ends."""
+    while not path.exists():  # the run failed before it began
+        yield None
+    with path.open("rb") as file:
+        line = b""
+        while True:
+            line += file.readline()
+            if not line.endswith(b"\n"):
+                yield None
+                continue
+            if (row := parsed(line)) is not None:
+                yield row
+            line = b""
+
+
+def _about(run: Path) -> About:
+    record = read_record(run)
+    names = ("environment", "versions", "resolved", "plugins")
+    facts = {name: getattr(record, name) for name in names} if record is not None else {}
+    return About(run.resolve().name, read_config(run / CONFIG), facts)
+
+
+def _bell() -> bool:
+    """Wait for the trainer: True for a row, False when it has ended. Then time is short, whoever still counts it."""
+    data = os.read(0, 1 << 16)
+    if data and END not in data:
+        return True
+    signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)  # ends this process the hard way, even inside foreign code
+    return False
+
+
+def main(run: Path, name: str, how: str) -> int:
+    """The life of a tracker's process; returns 0, or 1 with the reason in its state."""
+    live, folder = how == "follow", folder_of(run, name)
+    if live:
+        for number in STOP_SIGNALS:  # for the trainer; a follower ends when that says so
+            signal.signal(number, signal.SIG_IGN)
+    lock = Lock(folder / LOCK)
+    while not lock.acquire():  # that of a run killed a moment ago may still be busy
+        time.sleep(0.2)
+    try:
+        bells = iter((True, False))
+        follow(run, name, _bell if live else lambda: next(bells), live=live)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        with contextlib.suppress(OSError):  # the disk may be what is wrong
+            replace(State.read(folder), error=reason).write(folder)
+            traceback.print_exc()  # into the log
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not by way of atexit: what hangs there would hang the user of `dtrain sync` as well
