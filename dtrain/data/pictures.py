@@ -113,8 +113,9 @@ def picture(where: str, name: str, data: bytes, size: int, resize: str) -> Pixel
 
 def _decoded(data: bytes, size: int) -> Image.Image:
     with Image.open(io.BytesIO(data)) as image:
-        # a JPEG of more than twice the size is halved while it is decoded, as often as that holds: several times faster
-        image.draft(None, (2 * size, 2 * size))
+        # a large JPEG is halved while it is decoded, down to three times the size: several times faster, and the levels
+        # move by 0.5 on average, a third of what lies between bicubic and Lanczos (at twice the size: by 1.6)
+        image.draft(None, (3 * size, 3 * size))
         image.load()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
