@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 import dtrain
-from dtrain.config import TrainConfig, coerced, flag_of, settings_fields, type_of
+from dtrain.config import Conversion, TrainConfig, coerced, flag_of, settings_fields, type_of
 from dtrain.errors import DtrainError, UsageError, nearest
 from dtrain.plugins import find
 from dtrain.run import trackers
@@ -267,12 +267,17 @@ def _data_convert(
     dataset: Annotated[str, typer.Argument(help="a named set, a folder or a tar")],
     data_dir: Annotated[Path, typer.Option(help="where named sets are looked for")] = Path("data"),
     cache_dir: Annotated[Path | None, typer.Option(help="where betons are kept")] = None,
+    image_size: Annotated[int | None, typer.Option(help="as of `dtrain train`")] = None,
+    resize: Annotated[str, typer.Option(help="as of `dtrain train`")] = "crop",
+    store_size: Annotated[int | None, typer.Option(help="as of `dtrain train`")] = None,
+    bad_images: Annotated[str, typer.Option(help="as of `dtrain train`")] = "stop",
 ) -> None:
     """Convert a data set for training, ahead of it."""
+    asked = Conversion(image_size, resize, store_size, bad_images)
     from dtrain.commands.data import convert
     from dtrain.run.console import Console
 
-    for path in Console(True).converting(convert(dataset, data_dir, cache_dir)).values():
+    for path in Console(True).converting(convert(dataset, data_dir, cache_dir, asked)).values():
         print(path.path)
 
 

@@ -30,6 +30,9 @@ BELONGS = {
     "opt": ("opt_opt", "momentum", "nesterov", "weight_decay"),
     "schedule": ("schedule_opt",),
 }
+RESIZES, BAD_IMAGES = ("crop", "squash"), ("stop", "skip")
+OWN_SIZE = 64  # a folder or tar of equal squares up to this side keeps it: small sets are drawn for their size
+LARGEST_SIZE = 4096  # 48 MiB an image; a slip of the keyboard is larger
 RUN_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"  # in a run directory; dtrain/run/ writes them
 
 
@@ -41,6 +44,36 @@ def setting(
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=about)
     return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is asked of a conversion: two of these are two betons. Raises UsageError for a value out of range.
+
+    image_size, store_size: sides in pixels, None for what the source gives. The betons hold the larger.
+    """
+
+    image_size: int | None = None
+    resize: str = "crop"
+    store_size: int | None = None
+    bad_images: str = "stop"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("resize", RESIZES), ("bad_images", BAD_IMAGES)):
+            if (value := getattr(self, name)) not in choices:
+                raise UsageError(f"{flag_of(name)} {value}: not a choice; {nearest(value, choices)}")
+        for name in ("image_size", "store_size"):
+            size = getattr(self, name)
+            if size is not None and not 1 <= size <= LARGEST_SIZE:
+                raise UsageError(f"{flag_of(name)} {size}: give a number in 1..{LARGEST_SIZE}")
+        if self.store_size is not None and self.store_size < (self.image_size or LARGEST_SIZE):
+            size = f"below --image-size {self.image_size}" if self.image_size else "needs an --image-size"
+            raise UsageError(f"--store-size {self.store_size}: {size}; images are cut out of what is stored")
+
+    @property
+    def stored_size(self) -> int | None:
+        """The side of the images in the betons, None for what the source gives."""
+        return self.store_size or self.image_size
 
 
 @dataclass(frozen=True)
@@ -108,11 +141,48 @@ class TrainConfig:
         "cifar10",
         "Data",
         "result",
-        "digits, synthetic, cifar10, cifar100, or a folder or tar with train/ and val|test/",
+        "digits, synthetic, mnist, cifar10, cifar100; a folder or tar with train/CLASS/ and val|test/CLASS/; a folder "
+        "with train.beton and val|test.beton",
     )
     data_dir: Path = setting(Path("data"), "Data", "place", "where named data sets are looked for and downloaded to")
     cache_dir: Path | None = setting(
         None, "Data", "place", "where converted data sets are kept [default: the user's cache folder]"
+    )
+    image_size: int | None = setting(
+        None,
+        "Data",
+        "result",
+        "side in pixels of the images that the network sees [default: the set's own; of folders and tars 224, or their "
+        f"own where all are equal squares of at most {OWN_SIZE}]",
+    )
+    resize: str = setting(
+        "crop",
+        "Data",
+        "result",
+        "how a picture becomes square; crop: short side to size, middle kept; squash: both sides to size",
+        choices=RESIZES,
+    )
+    store_size: int | None = setting(
+        None,
+        "Data",
+        "result",
+        "side in pixels of the images that are stored, to cut --image-size out of: anew for each training image, the "
+        "middle in an evaluation [default: image size]",
+    )
+    channels: str = setting(
+        "auto",
+        "Data",
+        "result",
+        "of the images that the network sees; auto: 1 if every training image is gray and the architecture takes "
+        "in_channels, else 3",
+        choices=("auto", "1", "3"),
+    )
+    bad_images: str = setting(
+        "stop",
+        "Data",
+        "result",
+        "what to do about a picture that cannot be decoded; skip: leave it out and tell",
+        choices=BAD_IMAGES,
     )
     val_split: float | None = setting(
         None, "Data", "result", "fraction of the training set to evaluate on instead of the test set, in (0, 1)"
@@ -239,6 +309,10 @@ class TrainConfig:
         """Which layer the value of field `name` came from."""
         return self.origins.get(name, "default")
 
+    def conversion(self) -> Conversion:
+        """What is asked of the data set's conversion."""
+        return Conversion(self.image_size, self.resize, self.store_size, self.bad_images)
+
     def settings(self) -> dict[str, Any]:
         """Every field and its value as plain JSON and TOML types; None is left out, since TOML has no null.
 
@@ -322,6 +396,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return str(value).lower() == "true"
     if kind in (int, float):
         return _number(kind, value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # channels = 1 in a file
     if not isinstance(value, str | Path):
         raise _Unfit("give text")
     return Path(value).expanduser() if kind is Path else str(value)
@@ -453,6 +529,7 @@ def check(config: TrainConfig) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag_of(f.name)} {value}: give a finite number")
     _check_ranges(config)
+    config.conversion()
     parse_every(config.eval_every, "--eval-every", clock=False)
     parse_every(config.checkpoint_every, "--checkpoint-every", clock=True)
     if config.max_time is not None:

@@ -167,6 +167,12 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({**SMALL, "mean": "0.5,a"}, "--mean 0.5,a: give a number"),
         ({**SMALL, "mean": "0.5,0.5"}, "give one number in 0..1 a channel"),
         ({**SMALL, "std": "0"}, "give numbers greater than 0"),
+        ({**SMALL, "resize": "fit"}, "--resize fit: not a choice; choose from: crop, squash"),
+        ({**SMALL, "bad_images": "ignore"}, "--bad-images ignore: not a choice; choose from: skip, stop"),
+        ({**SMALL, "channels": 4}, "--channels 4: not a choice; choose from: 1, 3, auto"),
+        ({**SMALL, "image_size": 0}, "--image-size 0: give a number in 1..4096"),
+        ({**SMALL, "image_size": 64, "store_size": 60}, "--store-size 60: below --image-size 64"),
+        ({**SMALL, "store_size": 60}, "--store-size 60: needs an --image-size"),
         ({**SMALL, "name": "../x"}, "--name ../x: give a plain name; --output takes a path"),
         ({**SMALL, "eval_every": "10min"}, "--eval-every 10min: not an interval; give 500steps, 1epoch or end"),
         (
@@ -206,6 +212,8 @@ OTHERS: dict[str, Any] = {  # another allowed value for fields whose type does n
     "recipe": "allcnn_c",
     "opt": "adam",
     "dataset": "digits",
+    "image_size": 48,
+    "store_size": 64,
     "mean": (0.5,),
     "std": (0.5,),
     "eval_every": "end",
@@ -242,7 +250,7 @@ def another(field: dataclasses.Field[Any]) -> Any:
 
 @pytest.mark.parametrize("field", settings_fields(), ids=lambda field: field.name)
 def test_the_digest_changes_with_what_shapes_the_numbers_and_with_nothing_else(field: Any) -> None:
-    base = TrainConfig(arch="resnet18")
+    base = TrainConfig(arch="resnet18", image_size=32)
     changed = dataclasses.replace(base, **{field.name: another(field)})
     assert changed != base
     assert field.metadata["mark"] in ("result", "place")

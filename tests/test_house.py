@@ -37,10 +37,11 @@ STOREYS = (
 INSIDE = (
     (
         ("dtrain.data.dataset",),
-        ("dtrain.data.loader",),
+        ("dtrain.data.cache", "dtrain.data.loader"),
         ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.augment"),
-        ("dtrain.data.beton",),
-        ("dtrain.data.sources",),
+        ("dtrain.data.beton", "dtrain.data.sources"),
+        ("dtrain.data.members", "dtrain.data.named", "dtrain.data.pairs"),
+        ("dtrain.data.format", "dtrain.data.pictures"),
     ),
     (
         ("dtrain.run.recorder",),
@@ -56,7 +57,7 @@ INSIDE = (
 )
 DOORS = {
     "ffcv": {"dtrain.data.ffcv_reader"},
-    "torchvision": {"dtrain.data.sources", "dtrain_bench.contenders.task"},
+    "torchvision": {"dtrain.data.named", "dtrain_bench.contenders.task"},
     "wandb": {"dtrain.run.trackers"},
     "tensorboard": {"dtrain.run.trackers"},
     "lightning": {"dtrain_bench.contenders.with_lightning"},

@@ -400,8 +400,8 @@ def by_api(output: Path, cache: Path) -> dict[str, Any]:
         data = end.value
     flat = np.fromfile(data.evaluation.path, np.uint8)
     images = np.stack([flat[int(at) : int(at) + 32 * 32 * 3] for at in data.evaluation.pixel_offsets])
-    pixels = images.reshape(-1, 32, 32, 3) / 255
-    normal = (pixels - np.array(data.train.mean)) / np.array(data.train.std)
+    pixels = images.reshape(-1, 32, 32, 3)[..., :1] / 255  # digits are gray
+    normal = (pixels - data.train.gray_mean) / data.train.gray_std
     with torch.no_grad():
         logits = network(torch.from_numpy(normal.astype(np.float32)).permute(0, 3, 1, 2))
     hits = int((logits.argmax(1).numpy() == data.evaluation.labels).sum())

@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dtrain import plugins
 from dtrain.config import TrainConfig
 from dtrain.data.augment import Augmentation
-from dtrain.data.beton import Beton, Progress, prepare
+from dtrain.data.beton import Beton, Progress
+from dtrain.data.cache import prepare
 from dtrain.data.loader import Batch, Loader, Request, open_loader
 from dtrain.keyed import stratified
 from dtrain.plan import Plan
@@ -35,8 +37,18 @@ class DataSet:
 
     @property
     def digest(self) -> str:
-        """What two processes must have in common: the SHA-256 of both betons."""
-        return f"{self.train.sha256} {self.evaluation.sha256}"
+        """What two processes must have in common: the SHA-256 of all that shapes numbers in both betons."""
+        return f"{self.train.digest} {self.evaluation.digest}"
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the training set, in 0..1, a number for each channel that the network sees."""
+        return self.train.mean if self.channels == 3 else (self.train.gray_mean,)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise, the standard deviation."""
+        return self.train.std if self.channels == 3 else (self.train.gray_std,)
 
     def train_loader(
         self, config: TrainConfig, plan: Plan, rank: int, dtype: torch.dtype, device: torch.device
@@ -82,8 +94,8 @@ class DataSet:
             image_size=self.image_size,
             channels=self.channels,
             augmentation=augmentation,
-            mean=config.mean or self.train.mean,
-            std=config.std or self.train.std,
+            mean=config.mean or self.mean,
+            std=config.std or self.std,
             dtype=dtype,
             device=device,
             largest=largest,
@@ -109,10 +121,19 @@ class Chunks:
 
 def load_dataset(config: TrainConfig) -> Generator[Progress, None, DataSet]:
     """The data set of `config`, converted first where that is due; yields progress. Raises what `prepare` raises."""
-    betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir)
+    betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir, config.conversion())
     train, test = betons["train"], betons["test"]
-    shape = (train.image_size, train.channels)
+    seen = (config.image_size or train.image_size, _channels(config, train))
     if config.val_split is None:
-        return DataSet(*shape, train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
+        return DataSet(*seen, train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
     held = stratified(train.labels, config.val_split, config.seed)
-    return DataSet(*shape, train, np.flatnonzero(~held), train, np.flatnonzero(held), "val")
+    return DataSet(*seen, train, np.flatnonzero(~held), train, np.flatnonzero(held), "val")
+
+
+def _channels(config: TrainConfig, train: Beton) -> int:
+    """One where nothing is lost by it and the architecture can be built for it, unless the user says otherwise."""
+    if config.channels != "auto":
+        return int(config.channels)
+    gray = train.gray_images == len(train.labels)
+    takes = gray and plugins.accepts(plugins.load(plugins.find("architecture", config.arch)), "in_channels")
+    return 1 if takes else 3

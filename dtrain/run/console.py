@@ -84,6 +84,8 @@ class Console:
                     bar.update(tasks[step.split], completed=step.done)
                 elif step.done == step.total:
                     self.line(f"converted {step.split}: {step.total} images")
+                for text in step.told:
+                    self.warn(text)
         except StopIteration as end:
             result: T = end.value
             return result

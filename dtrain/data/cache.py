@@ -1,0 +1,159 @@
+"""The cache: a folder of betons for each data set and each way to convert it; made once, whoever asks first.
+
+digits-0123456789ab/    the name, and a digest of the source and of what is asked of the conversion
+  train.beton           with train.json, and train.verified once its bytes were checked
+  test.beton
+  lock                  held by the process that converts
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dtrain.config import Conversion
+from dtrain.data.beton import FORMAT, RAW_LIMIT, Beton, Block, Progress, open_beton, write_beton
+from dtrain.data.pictures import BadPicture, Decode, Pixels, Source, quiet
+from dtrain.data.sources import digest_of, locate, open_source
+from dtrain.errors import ProcessError, StorageError
+from dtrain.files import Lock, canonical_json, remove_partials
+
+SPLITS = ("train", "test")
+BLOCK = 16  # pictures that a thread decodes in one go: enough to hide its cost, few enough for files of many megabytes
+LARGEST_POOL = 8  # threads that decode; reading and writing is one thread's work and feeds no more
+NAMED = 5  # files that are told by name on the console
+CONVERSION_SECONDS = 3600.0  # that a process waits for another one's conversion
+
+
+def default_cache() -> Path:
+    """The user's cache folder for betons: $XDG_CACHE_HOME/dtrain or ~/.cache/dtrain."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain"
+
+
+def prepare(
+    dataset: str,
+    data_dir: Path,
+    cache_dir: Path | None,
+    asked: Conversion | None = None,
+    *,
+    timeout_seconds: float = CONVERSION_SECONDS,
+    raw_limit: int = RAW_LIMIT,
+) -> Generator[Progress, None, dict[str, Beton]]:
+    """The betons of a data set by split, converted first if they are not in the cache; yields progress.
+
+    Any number of processes may call it at once: whoever takes the lock converts, the others wait for the lock and draw
+    no conclusion from a missing file. Raises DataError, UsageError, StorageError (an unwritable cache), ProcessError
+    if another process holds the lock longer than `timeout_seconds`.
+    """
+    asked = asked or Conversion()
+    cache = cache_dir or default_cache()
+    place = locate(dataset, data_dir)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        digest = digest_of(place, cache / f"{place.name}.digest")
+        folder = cache / f"{place.name}-{_digest(digest, asked)[:12]}"
+        folder.mkdir(exist_ok=True)
+        paths = {split: folder / f"{split}.beton" for split in SPLITS}
+        lock = Lock(folder / "lock")
+        deadline = time.monotonic() + timeout_seconds
+        # a beton appears whole: if both are there no lock is needed, if one is missing only its holder may say so
+        while not all(path.exists() for path in paths.values()) and not lock.acquire():
+            if time.monotonic() > deadline:
+                raise ProcessError(f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s")
+            time.sleep(0.05)
+    except OSError as error:
+        raise StorageError(f"the cache {cache}: {error.strerror}; name a writable one with --cache-dir") from None
+    try:
+        if not all(path.exists() for path in paths.values()):
+            yield from convert(open_source(place, asked, digest), folder, asked.bad_images, raw_limit=raw_limit)
+        return {split: open_beton(path) for split, path in paths.items()}
+    finally:
+        lock.release()
+
+
+def _digest(source_digest: str, asked: Conversion) -> str:
+    """Of what the bytes of a conversion follow from. What is cut out of them later is no part of it."""
+    stored = replace(asked, image_size=asked.stored_size, store_size=None)
+    return hashlib.sha256(canonical_json({"format": FORMAT, "source": source_digest, **asdict(stored)})).hexdigest()
+
+
+def convert(
+    source: Source, folder: Path, bad_images: str = "stop", *, raw_limit: int = RAW_LIMIT
+) -> Iterator[Progress]:
+    """Write every split of a source to `folder`; yields progress, draws nothing. Splits that are there are kept.
+
+    bad_images: stop raises BadPicture for the first one, skip leaves them out and tells. An error, a full disk or
+    Ctrl-C leaves no beton. Call it with the folder's lock held.
+    """
+    remove_partials(folder)
+    for name, split in source.splits.items():
+        path = folder / f"{name}.beton"
+        if path.exists():
+            continue
+        bad: list[BadPicture] = []
+        try:
+            with closing(_decoded(split.pictures())) as blocks:
+                for step in write_beton(path, _checked(blocks, bad_images, bad), source, name, raw_limit=raw_limit):
+                    last = step.done == step.total
+                    yield replace(step, told=tuple(_told(source, name, bad))) if last else step
+        except OSError as error:
+            full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+            raise StorageError(f"{path}: {full}; free space or name another folder with --cache-dir") from None
+
+
+def _told(source: Source, split: str, bad: list[BadPicture]) -> Iterator[str]:
+    if bad:
+        names = _some([f"{picture.name} ({picture.reason})" for picture in bad])
+        yield f"{source.name}/{split}: {len(bad)} pictures that cannot be decoded are left out: {names}"
+    if split == SPLITS[0] and source.passed_by:
+        yield f"{source.name}: {len(source.passed_by)} files that are no pictures are passed by: " + _some(
+            list(source.passed_by)
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more; `dtrain data inspect` lists them" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _checked(blocks: Iterable[Block], bad_images: str, bad: list[BadPicture]) -> Iterator[Block]:
+    """The same blocks; what cannot be decoded ends them, or is added to `bad`."""
+    for block in blocks:
+        for picture in block:
+            if isinstance(picture, BadPicture):
+                if bad_images == "stop":
+                    raise picture
+                bad.append(picture)
+        yield block
+
+
+def _decoded(stream: Iterator[Decode]) -> Generator[Block, None, None]:
+    """The pictures of a stream in order, in blocks, decoded ahead by some threads while the caller reads and writes."""
+    count = min(len(os.sched_getaffinity(0)), LARGEST_POOL)
+    with quiet(), ThreadPoolExecutor(count, "dtrain-decode") as pool:
+        ahead: deque[Future[Block]] = deque()
+        while block := list(itertools.islice(stream, BLOCK)):
+            ahead.append(pool.submit(_decode, block))
+            if len(ahead) > count:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _decode(block: list[Decode]) -> Block:
+    def one(decode: Decode) -> Pixels | BadPicture:
+        try:
+            return decode()
+        except BadPicture as error:
+            return error
+
+    return [one(decode) for decode in block]
