@@ -38,7 +38,8 @@ INSIDE = (
     (
         ("dtrain.data.dataset",),
         ("dtrain.data.loader",),
-        ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.augment"),
+        ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.pixels"),
+        ("dtrain.data.augment",),
         ("dtrain.data.beton",),
         ("dtrain.data.sources",),
     ),
