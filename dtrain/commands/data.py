@@ -89,7 +89,7 @@ def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
     if label.ndim == 0:
         return [names[int(label)]]
     order = np.argsort(-label, kind="stable")[:2]
-    return [f"{names[i]} {100 * label[i]:.0f} %" for i in order if label[i] > 0]
+    return [f"{names[i]} {100 * label[i]:.0f} %" for i in order if label[i] >= 0.005]
 
 
 def _augmentation(config: TrainConfig) -> str:
