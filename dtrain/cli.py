@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 import dtrain
-from dtrain.config import Conversion, TrainConfig, coerced, flag_of, settings_fields, type_of
+from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, flag_of, settings_fields, type_of
 from dtrain.errors import DtrainError, UsageError, nearest
 from dtrain.plugins import find
 from dtrain.run import trackers
@@ -297,6 +297,41 @@ def _data_verify(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = Fal
     from dtrain.commands.show import print_facts
 
     print_facts(verify(beton), as_json=json_)
+
+
+@data_app.command("show", context_settings=PASS_ON)
+def _data_show(
+    context: typer.Context,
+    step: Annotated[int, typer.Option(help="the step whose batch is drawn, from 0")] = 0,
+    images: Annotated[int, typer.Option(help="how many of its images")] = 32,
+    out: Annotated[Path, typer.Option(help="PNG file to draw")] = Path("sheet.png"),
+    run: Annotated[Path | None, typer.Option(help="run directory to take the settings from")] = None,
+) -> None:
+    """Draw what the network will see at a step, with class names: `-- FLAGS` of train, or --run RUN."""
+    if images < 1:
+        raise UsageError(f"--images {images}: give 1 or more")
+    asked = _asked(context.args, run)
+    from dtrain.commands.data import show
+
+    print(show(asked, step, images, out))
+
+
+def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
+    """The settings that flags of train mean, on top of those of a run if one is named; no architecture is needed."""
+    layers: list[tuple[dict[str, Any], Path | None]] = []
+
+    def keep(settings: dict[str, Any], config: ConfigFile = None) -> None:
+        layers.append((settings, config))
+
+    parser = typer.Typer(add_completion=False)
+    parser.command()(_with_train_flags(keep))
+    typer.main.get_command(parser).main(args=arguments, prog_name="dtrain train", standalone_mode=False)
+    settings, config = layers[0]
+    if run is not None:
+        config = run / RUN_CONFIG
+        if not config.is_file():
+            raise UsageError(f"--run {run}: no run is there; give a run directory")
+    return TrainConfig.of(config, **(settings if config is not None else {"arch": "none", **settings}))
 
 
 @prove_app.command("resume", context_settings=PASS_ON)

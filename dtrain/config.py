@@ -197,6 +197,44 @@ class TrainConfig:
     flip: bool = setting(False, "Data", "result", "mirror training images left to right, half of them")
     shift: int = setting(0, "Data", "result", "move training images by up to this many pixels each way, black outside")
     cutout: int = setting(0, "Data", "result", "side in pixels of a square of training images set to the mean")
+    scale: tuple[float, ...] | None = setting(
+        None,
+        "Data",
+        "result",
+        "show a part of each training image, stretched to full size: least and largest fraction of its area, such as "
+        "0.35,1, with sides as 3 to 4 up to 4 to 3",
+    )
+    affine: tuple[float, ...] | None = setting(
+        None,
+        "Data",
+        "result",
+        "turn, move, zoom and shear training images by up to: degrees, fraction of the side, fraction, degrees; such "
+        "as 15 or 15,0.1,0.1,5; black outside",
+    )
+    jitter: tuple[float, ...] | None = setting(
+        None,
+        "Data",
+        "result",
+        "change brightness, contrast and saturation of training images by up to these fractions, such as 0.4,0.4,0.4, "
+        "or one number for all three",
+    )
+    erase: float = setting(
+        0.0, "Data", "result", "probability that a rectangle of a training image, 2 to 33 % of it, is set to the mean"
+    )
+    mixup: float = setting(
+        0.0,
+        "Data",
+        "result",
+        "blend training images in pairs, and their labels: alpha of the share's Beta distribution, such as 0.2; "
+        "training accuracy then counts the heavier label",
+    )
+    cutmix: float = setting(
+        0.0,
+        "Data",
+        "result",
+        "exchange a rectangle in pairs of training images, and that share of their labels: alpha, such as 1; with "
+        "--mixup each takes half of the pairs",
+    )
     mean: tuple[float, ...] | None = setting(
         None, "Data", "result", "per channel, in 0..1, comma-separated [default: of the training set]"
     )
@@ -509,12 +547,27 @@ _POSITIVE = (
     "clip_grad",
 )
 _NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "shift", "cutout", "threads", "keep", "seed")
-_FRACTIONS = {  # name: (lowest, lowest allowed, highest, highest allowed)
+_INTERVALS = {  # name: (lowest, lowest allowed, highest, highest allowed)
     "momentum": (0.0, True, 1.0, False),
     "smoothing": (0.0, True, 1.0, False),
     "ema": (0.0, False, 1.0, False),
     "val_split": (0.0, False, 1.0, False),
     "stop_at_accuracy": (0.0, False, 1.0, True),
+    "erase": (0.0, True, 1.0, True),
+    "mixup": (0.0, True, 100.0, True),
+    "cutmix": (0.0, True, 100.0, True),
+}
+_LISTS: dict[str, tuple[tuple[int, ...], tuple[tuple[float, float], ...], str]] = {
+    # name: (how many numbers, lowest and highest of each, what to give)
+    "mean": ((1, 3), ((0, 1),) * 3, "one number in 0..1 a channel, such as 0.49,0.48,0.45"),
+    "std": ((1, 3), ((0, 1),) * 3, "one number in 0..1 a channel, such as 0.25,0.24,0.26"),
+    "scale": ((1, 2), ((0.01, 1),) * 2, "the least and the largest fraction of the area, in 0.01..1, such as 0.35,1"),
+    "jitter": ((1, 3), ((0, 1),) * 3, "one or three fractions in 0..1, such as 0.4,0.4,0.4"),
+    "affine": (
+        (1, 2, 3, 4),
+        ((0, 180), (0, 1), (0, 0.9), (0, 60)),
+        "up to four numbers: degrees in 0..180, fraction in 0..1, zoom in 0..0.9, shear in 0..60, such as 15,0.1,0.1,5",
+    ),
 }
 
 
@@ -530,6 +583,7 @@ def check(config: TrainConfig) -> None:
             raise UsageError(f"{flag_of(f.name)} {value}: give a finite number")
     _check_ranges(config)
     config.conversion()
+    _check_lists(config)
     parse_every(config.eval_every, "--eval-every", clock=False)
     parse_every(config.checkpoint_every, "--checkpoint-every", clock=True)
     if config.max_time is not None:
@@ -542,18 +596,25 @@ def _check_ranges(config: TrainConfig) -> None:
         if value is not None and (value < 0 or (value == 0 and name in _POSITIVE)):
             least = "greater than 0" if name in _POSITIVE else "0 or greater"
             raise UsageError(f"{flag_of(name)} {value}: give a number {least}")
-    for name, (low, low_in, high, high_in) in _FRACTIONS.items():
+    for name, (low, low_in, high, high_in) in _INTERVALS.items():
         value = getattr(config, name)
         inside = value is None or (low < value < high) or (value == low and low_in) or (value == high and high_in)
         if not inside:
             interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
-            raise UsageError(f"{flag_of(name)} {value}: give a fraction in {interval}")
+            what = "fraction" if high <= 1 else "number"
+            raise UsageError(f"{flag_of(name)} {value}: give a {what} in {interval}")
     if config.name is not None and (not config.name or Path(config.name).name != config.name):
         raise UsageError(f"--name {config.name}: give a plain name; --output takes a path")
-    for name in ("mean", "std"):
+
+
+def _check_lists(config: TrainConfig) -> None:
+    for name, (counts, ranges, give) in _LISTS.items():
         value = getattr(config, name)
-        if value is not None and (len(value) not in (1, 3) or any(not 0 <= v <= 1 for v in value)):
-            raise UsageError(f"{flag_of(name)} {value}: give one number in 0..1 a channel, such as 0.49,0.48,0.45")
+        if value is None:
+            continue
+        inside = all(low <= number <= high for number, (low, high) in zip(value, ranges, strict=False))
+        if len(value) not in counts or not inside or (name == "scale" and value[0] > value[-1]):
+            raise UsageError(f"{flag_of(name)} {','.join(f'{number:g}' for number in value)}: give {give}")
     if config.std is not None and 0.0 in config.std:
         raise UsageError(f"--std {config.std}: give numbers greater than 0")
 

@@ -34,6 +34,12 @@ class Stream(IntEnum):
     SYNTHETIC = 9
     CHECKSUM = 10
     CROP = 11
+    SCALE = 12
+    AFFINE = 13
+    JITTER = 14
+    MIX = 15
+    ERASE = 16
+    ERASED = 17
 
 
 def _mix(z: Keys) -> Keys:
@@ -65,6 +71,11 @@ def _words(value: Any) -> Keys:
 def integers(keys: Keys, n: int) -> npt.NDArray[np.int64]:
     """Uniform integers in [0, n) from keys, 1 <= n <= 2^31: the high 32 bits times n, shifted. Bias below n / 2^32."""
     return (((keys >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
+
+
+def uniforms(keys: Keys) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) from keys: the high 53 bits over 2^53, exact."""
+    return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:

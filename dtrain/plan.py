@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain import keyed, schedules
-from dtrain.config import Every, TrainConfig, parse_every
+from dtrain.config import Every, TrainConfig, flag_of, parse_every
 from dtrain.errors import UsageError
 from dtrain.plugins import parse_options
 
@@ -122,15 +122,21 @@ def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
     """The plan of `config` for a training set of `train_size` images on `world_size` processes.
 
-    Raises UsageError where a batch does not divide over processes and micro-batches (naming the nearest sizes that
-    do), is larger than the training set, or a warm-up leaves no step for the schedule.
+    Raises UsageError where a batch does not divide over processes and micro-batches, or a share into the pairs that
+    mixing needs (naming the nearest sizes that do), is larger than the training set, or a warm-up leaves no step for
+    the schedule.
     """
     batch, parts = config.batch_size, world_size * config.grad_accum_steps
+    mixing = [flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0]
+    if mixing:
+        parts = math.lcm(parts, 2 * world_size)
     if batch % parts:
         below, above = batch // parts * parts, (batch // parts + 1) * parts
         sizes = f"{below} or {above}" if below else str(above)
         accumulated = f" x {config.grad_accum_steps} micro-batches" if config.grad_accum_steps > 1 else ""
-        raise UsageError(f"--batch-size {batch} does not divide over {world_size} processes{accumulated}; try {sizes}")
+        pairs = f" into the pairs of {' and '.join(mixing)}" if mixing else ""
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        raise UsageError(f"--batch-size {batch} does not divide over {processes}{accumulated}{pairs}; try {sizes}")
     if batch > train_size:
         most = train_size // parts * parts
         fix = f"give at most {most}" if most else "use fewer processes"
@@ -156,7 +162,7 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
         world_size=world_size,
         batch_size=batch,
         share=batch // world_size,
-        micro_batch=batch // parts,
+        micro_batch=batch // world_size // config.grad_accum_steps,
         steps_per_epoch=per_epoch,
         total_steps=total,
         warmup_samples=warmup * batch,

@@ -173,6 +173,22 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({**SMALL, "image_size": 0}, "--image-size 0: give a number in 1..4096"),
         ({**SMALL, "image_size": 64, "store_size": 60}, "--store-size 60: below --image-size 64"),
         ({**SMALL, "store_size": 60}, "--store-size 60: needs an --image-size"),
+        (
+            {**SMALL, "scale": "0.5,0.2"},
+            "--scale 0.5,0.2: give the least and the largest fraction of the area, in 0.01..1",
+        ),
+        ({**SMALL, "scale": "0"}, "--scale 0: give the least and the largest fraction"),
+        ({**SMALL, "jitter": "0.4,0.4"}, "--jitter 0.4,0.4: give one or three fractions in 0..1, such as 0.4,0.4,0.4"),
+        ({**SMALL, "jitter": "-0.1"}, "--jitter -0.1: give one or three fractions in 0..1"),
+        (
+            {**SMALL, "affine": "200"},
+            "--affine 200: give up to four numbers: degrees in 0..180, fraction in 0..1, zoom",
+        ),
+        ({**SMALL, "affine": "1,1,0.95"}, "--affine 1,1,0.95: give up to four numbers"),
+        ({**SMALL, "affine": "1,1,0,0,0"}, "--affine 1,1,0,0,0: give up to four numbers"),
+        ({**SMALL, "erase": 1.5}, "--erase 1.5: give a fraction in [0, 1]"),
+        ({**SMALL, "mixup": -1}, "--mixup -1.0: give a number in [0, 100]"),
+        ({**SMALL, "cutmix": 101}, "--cutmix 101.0: give a number in [0, 100]"),
         ({**SMALL, "name": "../x"}, "--name ../x: give a plain name; --output takes a path"),
         ({**SMALL, "eval_every": "10min"}, "--eval-every 10min: not an interval; give 500steps, 1epoch or end"),
         (
@@ -216,6 +232,9 @@ OTHERS: dict[str, Any] = {  # another allowed value for fields whose type does n
     "store_size": 64,
     "mean": (0.5,),
     "std": (0.5,),
+    "scale": (0.5,),
+    "jitter": (0.5,),
+    "affine": (0.5,),
     "eval_every": "end",
     "checkpoint_every": "end",
     "max_time": "1h",
@@ -282,7 +301,7 @@ def fields_read(tree: ast.AST, own: bool = False) -> Iterator[str]:
     own: the module is config.py, where a config is also `self`, or a table of what was asked.
     """
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in ("check", "_check_ranges"):
+        if isinstance(node, ast.FunctionDef) and node.name in ("check", "_check_ranges", "_check_lists"):
             node.body = []  # to check the range of a value is not to use it
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -38,8 +38,8 @@ INSIDE = (
     (
         ("dtrain.data.dataset",),
         ("dtrain.data.cache", "dtrain.data.loader"),
-        ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.augment"),
-        ("dtrain.data.beton", "dtrain.data.sources"),
+        ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.pixels"),
+        ("dtrain.data.augment", "dtrain.data.beton", "dtrain.data.sources"),
         ("dtrain.data.members", "dtrain.data.named", "dtrain.data.pairs"),
         ("dtrain.data.format", "dtrain.data.pictures"),
     ),

@@ -42,7 +42,14 @@ def test_a_key_chains_the_mixer_over_its_words(seed: int, counters: tuple[int, .
 def test_golden_values_never_change() -> None:
     assert [int(stream) for stream in (Stream.ORDER, Stream.SPLIT, Stream.INIT, Stream.DROPOUT)] == [1, 2, 3, 4]
     assert [int(stream) for stream in (Stream.FLIP, Stream.SHIFT, Stream.CUTOUT, Stream.REHEARSAL)] == [5, 6, 7, 8]
-    assert [int(stream) for stream in (Stream.SYNTHETIC, Stream.CHECKSUM, Stream.CROP)] == [9, 10, 11]
+    assert [int(stream) for stream in (Stream.SYNTHETIC, Stream.CHECKSUM, Stream.CROP, Stream.SCALE)] == [9, 10, 11, 12]
+    assert [int(stream) for stream in (Stream.AFFINE, Stream.JITTER, Stream.MIX, Stream.ERASE, Stream.ERASED)] == [
+        13,
+        14,
+        15,
+        16,
+        17,
+    ]
     assert int(keyed.key(0, Stream.ORDER)) == 0x2A98F501AF37E97F
     assert int(keyed.key(17, Stream.FLIP, 3, 49_999)) == 0xA8159659D683D9EA
     assert keyed.order(10, 0, 0).tolist() == [2, 9, 5, 7, 8, 4, 6, 0, 1, 3]
@@ -77,6 +84,11 @@ def test_integers_are_the_high_bits_scaled_and_cover_the_range_evenly() -> None:
     counts = np.bincount(keyed.integers(keyed.key(0, Stream.SHIFT, np.arange(90_000)), 9), minlength=9)
     # 9 bins of 10,000: chi-squared with 8 degrees of freedom stays below 26.1 in 999 of 1,000 cases
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 26.1
+
+
+def test_uniforms_are_the_high_53_bits_and_below_1() -> None:
+    ends = np.array([0, 2**11 - 1, 2**11, 2**63, 2**64 - 1], dtype=np.uint64)
+    assert keyed.uniforms(ends).tolist() == [0.0, 0.0, 2.0**-53, 0.5, 1 - 2.0**-53]
 
 
 def test_a_torch_seed_is_taken_by_every_generator() -> None:

@@ -16,21 +16,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_augment import MEAN, STD, reference
 from test_beton import Pixels, converted, finished, pixels_of, source_of
+from test_pixels import MEAN, STD, reference, written
 
 from dtrain import keyed
 from dtrain.config import TrainConfig
-from dtrain.data.augment import Augmentation, decide, lookup_table
+from dtrain.data.augment import Augmentation, decide, mixed_labels
 from dtrain.data.beton import Beton
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.data.loader import Batch, Loader, Request, open_loader
+from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
 from dtrain.plan import Plan, make_plan
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
 CPU = torch.device("cpu")
 AUGMENTATION = Augmentation(seed=7, flip=True, shift=3, cutout=5)
+
+EVERYTHING: dict[str, Any] = {
+    "scale": (0.3, 0.9),
+    "affine": (40.0, 0.1, 0.2, 10.0),
+    "jitter": (0.4, 0.5, 0.6),
+    "erase": 0.5,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+}
 
 KINDS = ["memory", "ffcv"]
 
@@ -138,12 +148,27 @@ def test_batch_k_is_what_numpy_makes_of_the_kth_part_of_the_epochs_order(
         for step in (0, 1, 4, 5, 12):
             epoch, place = divmod(step, COUNT // BATCH)
             wanted = keyed.order(COUNT, 7, epoch)[place * BATCH : (place + 1) * BATCH]
-            table = decide(AUGMENTATION, epoch, wanted, SIZE)
+            table = decide(AUGMENTATION, epoch, wanted, SIZE).moves
             images = [reference(pixels[i], row, 5, lut) for i, row in zip(wanted, table.tolist(), strict=True)]
             batch = loader.batch(step)
             assert batch.indices.tolist() == wanted.tolist()
             assert batch.labels.tolist() == (wanted * 7 % 3).tolist()
             assert torch.equal(batch.images, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(dtype))
+
+
+def test_mixed_batches_are_made_of_partners_and_their_labels_are_shares(
+    dataset: DataSet, pixels: Pixels, kind: str
+) -> None:
+    config = config_of(loader=kind, **EVERYTHING)
+    with dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+        batch = loader.batch(7)
+    indices = batch.indices.numpy()
+    decisions = decide(Augmentation.of(config), 1, indices, SIZE)
+    images = written(pixels[indices], decisions, SIZE, lookup_table(MEAN, STD, "float32"))
+    assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.from_numpy(images))
+    assert decisions.mixtures is not None
+    labels = mixed_labels(indices * 7 % 3, decisions.mixtures, 3)
+    assert (batch.labels.dtype, batch.labels.tolist()) == (torch.float32, labels.tolist())
 
 
 def test_a_batch_has_channels_last_memory_and_the_types_of_its_contract(beton: Beton, kind: str) -> None:
@@ -180,7 +205,7 @@ def test_a_network_may_see_less_than_is_stored(
     stored = gray if channels == 1 else pixels
     with seen.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
         batch = loader.batch(7)
-    table = decide(AUGMENTATION, 1, batch.indices.numpy(), size, SIZE)
+    table = decide(AUGMENTATION, 1, batch.indices.numpy(), size, SIZE).moves
     images = [reference(stored[i], row, 5, lut, size) for i, row in zip(batch.indices, table.tolist(), strict=True)]
     wanted = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     torch.testing.assert_close(batch.images, wanted, rtol=1e-5, atol=1e-5)
@@ -220,27 +245,32 @@ def test_batches_may_be_kept(beton: Beton, kind: str) -> None:
     assert len({batch.images.data_ptr() for batch in kept}) == 15
 
 
-def walked_before(beton: Beton, steps: range) -> list[str]:
+def walked_before(beton: Beton, steps: range, augmentation: Augmentation = AUGMENTATION) -> list[str]:
     """The digests of steps as the memory reader gives them, one after the other."""
-    return walked(opened(beton, requests(plan_of(config_of())), "memory"), steps)
+    return walked(opened(beton, requests(plan_of(config_of())), "memory", augmentation=augmentation), steps)
 
 
 # -- however it is read, reached and shared --------------------------------------------------------------------------
 
 
-def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: Beton) -> None:
-    wanted = walked_before(beton, range(15))
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
+def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: Beton, settings: Any) -> None:
+    augmentation = Augmentation.of(config_of(**settings))
+    wanted = walked_before(beton, range(15), augmentation)
     assert len(set(wanted)) == 15
     for kind in KINDS:
         for threads in (1, 2, 3):
-            loader = opened(beton, requests(plan_of(config_of())), needed(kind), threads=threads)
+            plan = plan_of(config_of())
+            loader = opened(beton, requests(plan), needed(kind), threads=threads, augmentation=augmentation)
             assert walked(loader, range(15)) == wanted
 
 
-def test_a_jump_to_any_step_gives_what_walking_there_gives(beton: Beton, kind: str) -> None:
-    wanted = walked_before(beton, range(15))
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
+def test_a_jump_to_any_step_gives_what_walking_there_gives(beton: Beton, kind: str, settings: Any) -> None:
+    augmentation = Augmentation.of(config_of(**settings))
+    wanted = walked_before(beton, range(15), augmentation)
     for start in range(15):
-        loader = opened(beton, requests(plan_of(config_of())), kind)
+        loader = opened(beton, requests(plan_of(config_of())), kind, augmentation=augmentation)
         assert walked(loader, range(start, min(start + 3, 15))) == wanted[start : start + 3]
 
 
@@ -251,9 +281,12 @@ def test_steps_in_any_order_give_the_same_batches(beton: Beton, kind: str) -> No
         assert [digest(loader.batch(step)) for step in steps] == [wanted[step] for step in steps]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_shares_of_all_processes_are_the_batch_of_one(dataset: DataSet, kind: str, world: int) -> None:
-    config = config_of(loader=kind)
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
+@pytest.mark.parametrize("world", [2, 5])
+def test_the_shares_of_all_processes_are_the_batch_of_one(
+    dataset: DataSet, kind: str, world: int, settings: Any
+) -> None:
+    config = config_of(loader=kind, **settings)
     whole = dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU)
     plan = plan_of(config, world)
     shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(world)]
@@ -280,12 +313,20 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
         return total
 
     indices = keyed.order(COUNT, 7, 1)[2 * BATCH : 3 * BATCH]
-    table = decide(AUGMENTATION, 1, indices, SIZE)
-    rows = [[1, int(index), *row] for index, row in zip(indices, table.tolist(), strict=True)]
-    wanted = sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
+
+    def by_hand(*tables: Any) -> int:
+        rows = [[1, int(index), *np.concatenate(row).tolist()] for index, *row in zip(indices, *tables, strict=True)]
+        return sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
+
+    wanted = by_hand(decide(AUGMENTATION, 1, indices, SIZE).moves)
     assert [checksum(config, 7, world) for world in (1, 2, 4)] == [wanted] * 3
     others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
-    assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 5
+    others += [replace(config, **{name: value}) for name, value in EVERYTHING.items()]
+    assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 11
+    everything = config_of(loader="memory", **EVERYTHING)
+    d = decide(Augmentation.of(everything), 1, indices, SIZE)
+    wanted = by_hand(d.moves, d.maps, d.factors, d.mixtures, d.erasures)
+    assert [checksum(everything, 7, world) for world in (1, 2, 5)] == [wanted] * 3
 
 
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:

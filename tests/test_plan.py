@@ -118,6 +118,21 @@ def test_an_epoch_takes_each_image_at_most_once_and_the_next_in_another_order() 
         (4, {"batch_size": 2}, "--batch-size 2 does not divide over 4 processes; try 4"),
         (
             2,
+            {"batch_size": 50, "mixup": 0.2},
+            "--batch-size 50 does not divide over 2 processes into the pairs of --mixup; try 48 or 52",
+        ),
+        (
+            1,
+            {"batch_size": 33, "mixup": 0.2, "cutmix": 1},
+            "--batch-size 33 does not divide over 1 process into the pairs of --mixup and --cutmix; try 32 or 34",
+        ),
+        (
+            2,
+            {"batch_size": 50, "cutmix": 1, "grad_accum_steps": 3},
+            "over 2 processes x 3 micro-batches into the pairs of --cutmix; try 48 or 60",
+        ),
+        (
+            2,
             {"batch_size": 2000},
             "--batch-size 2000 is larger than the training set of 1437 images; give at most 1436",
         ),
@@ -135,6 +150,11 @@ def test_an_epoch_takes_each_image_at_most_once_and_the_next_in_another_order() 
 def test_what_cannot_be_planned_is_told_with_what_can(world_size: int, flags: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=re.escape(told)):
         plan(world_size=world_size, **flags)
+
+
+def test_where_images_are_mixed_shares_are_even_and_micro_batches_need_not_be() -> None:
+    made = plan(world_size=2, batch_size=12, grad_accum_steps=2, mixup=0.2)
+    assert (made.share, made.micro_batch) == (6, 3)
 
 
 def test_a_recipes_warm_up_gives_way_to_a_short_trial() -> None:

@@ -97,6 +97,38 @@ def test_smoothing_spreads_its_share_evenly_over_the_classes() -> None:
     assert losses.item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
+def test_mixed_labels_weigh_the_losses_of_their_classes() -> None:
+    logits, mixed = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[0.25, 0.0, 0.75]])
+    first, third = (loss_of(logits, torch.tensor([label]), 0.3)[0].item() for label in (0, 2))
+    assert loss_of(logits, mixed, 0.3)[0].item() == pytest.approx(0.25 * first + 0.75 * third, rel=1e-6)
+    whole = torch.tensor([[0.0, 0.0, 1.0]])
+    assert loss_of(logits, whole, 0.3)[0].item() == pytest.approx(third, rel=1e-6)
+
+
+def test_of_mixed_labels_the_heavier_counts_and_at_a_tie_both() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [1.0, 0.0, 0.0]])
+    shares = torch.tensor([[0.75, 0.25, 0.0], [0.75, 0.25, 0.0], [0.0, 0.5, 0.5], [0.0, 0.5, 0.5]])
+    sums = Sums.of(sums_of(torch.ones(4), logits, shares, top5=False).tolist())
+    assert (sums.images, sums.hits) == (4, 2)  # the first and the third
+
+
+def test_a_step_takes_mixed_labels_in_micro_batches() -> None:
+    plain_batch = batch()
+    shares = 0.75 * F.one_hot(plain_batch.labels, 5) + 0.25 * F.one_hot(plain_batch.labels.flip(0), 5)
+    moved = []
+    for micro_batch in (24, 6):
+        module = plain()
+        optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
+        mixed = Batch(plain_batch.images, shares, plain_batch.indices, plain_batch.checksum)
+        network = Network(module, module, torch.float32, CPU)
+        sums = train_step(network, optimizer, scaler, None, mixed, StepOptions(micro_batch, 0.1, None))
+        moved.append((module, sums))
+    (one, sums_of_one), (parts, sums_of_parts) = moved
+    assert distance(one, plain()) > 0
+    assert distance(one, parts) < 1e-6
+    assert sums_of_one[:3].tolist() == sums_of_parts[:3].tolist()
+
+
 def test_auxiliary_logits_count_a_third_or_so_and_only_the_first_are_counted_as_hits() -> None:
     main, extra, label = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([0])
     losses, logits = loss_of((main, extra), label, 0.0)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from dtrain.commands.data import convert
-from dtrain.data.augment import Augmentation, decide, lookup_table, move_pixels
+from dtrain.data.augment import Augmentation, decide
 from dtrain.data.beton import Beton
 from dtrain.data.loader import Request, open_loader
+from dtrain.data.pixels import lookup_table, write_images
 from dtrain.run.console import Console
 from dtrain_bench.ratios import ratios, show
 
@@ -29,9 +30,9 @@ def resident_rate(beton: Beton, batches: int) -> float:
     samples = np.arange(BATCH) % count
     started = time.perf_counter()
     for _ in range(batches):
-        table = decide(AUGMENTATION, 0, samples, size)
+        decisions = decide(AUGMENTATION, 0, samples, size)
         out = np.empty((BATCH, size, size, 3), np.float32)
-        move_pixels(flat, beton.pixel_offsets[samples], size, beton.channels, table, AUGMENTATION.cutout, lut, out)
+        write_images(flat, beton.pixel_offsets[samples], size, beton.channels, decisions, lut, out)
     return batches * BATCH / (time.perf_counter() - started)
 
 

@@ -1,4 +1,4 @@
-"""`dtrain data convert|inspect|verify`."""
+"""`dtrain data convert|inspect|verify|show`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.config import Conversion
+from dtrain.config import Conversion, TrainConfig
 from dtrain.data.beton import Beton, Progress, open_beton, verify_beton
 from dtrain.data.cache import prepare
+from dtrain.errors import StorageError, UsageError
+from dtrain.files import whole_file
+from dtrain.plan import make_plan
+from dtrain.run.console import Console
+
+LOOKED_AT = ("flip", "shift", "cutout", "scale", "affine", "jitter", "erase", "mixup", "cutmix")
 
 
 def convert(
@@ -52,3 +58,56 @@ def _facts(beton: Beton) -> dict[str, Any]:
         "digest": beton.digest,
         "source_digest": beton.source_digest,
     }
+
+
+def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
+    """Draw at most `most` images of the batch of `step` to the PNG file `out`, as the network will see them.
+
+    They come through the run's own loader, out of the global batch, and are taken back to pixels. Returns what was
+    drawn. Converts the data set if it must. Raises UsageError for a step that the run does not have, StorageError.
+    """
+    import torch  # not needed by the others
+
+    from dtrain.commands.contact_sheet import Tile, contact_sheet
+    from dtrain.data.dataset import load_dataset
+
+    dataset = Console(True).converting(load_dataset(config))
+    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=1)
+    if not 0 <= step < plan.total_steps:
+        raise UsageError(f"--step {step}: the run has steps 0 to {plan.total_steps - 1}")
+    with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
+        batch = loader.batch(step)
+        pictures = loader.pixels(batch)[:most]
+    names = dataset.train.class_names
+    tiles = [
+        Tile(picture, _names_of(label, names), f"sample {index}")
+        for picture, label, index in zip(pictures, batch.labels.numpy(), batch.indices.tolist(), strict=False)
+    ]
+    title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {plan.epoch_at(step)}"
+    size = f"{len(tiles)} of {plan.batch_size} images, {dataset.image_size} x {dataset.image_size}"
+    sheet = contact_sheet(title, f"{size}; {_augmentation(config)}", tiles)
+    try:
+        with whole_file(out) as part:
+            sheet.save(part, "PNG")
+    except OSError as error:
+        raise StorageError(f"--out {out}: {error.strerror}; name a file that can be written") from None
+    return f"{out}: {title}, {size}"
+
+
+def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
+    """The class, or both with their shares, the heavier one first."""
+    if label.ndim == 0:
+        return [names[int(label)]]
+    order = np.argsort(-label, kind="stable")[:2]
+    return [f"{names[i]} {100 * label[i]:.0f} %" for i in order if label[i] >= 0.005]
+
+
+def _augmentation(config: TrainConfig) -> str:
+    asked = []
+    for name in LOOKED_AT:
+        value = getattr(config, name)
+        if value is True:
+            asked.append(name)
+        elif value:
+            asked.append(f"{name} {','.join(f'{v:g}' for v in (value if isinstance(value, tuple) else (value,)))}")
+    return ", ".join(asked) or "no augmentation"

@@ -60,7 +60,7 @@ class DataSet:
                 return None
             return Request(self.train_samples[plan.share_of(step, rank)], plan.epoch_at(step))
 
-        augmentation = Augmentation(config.seed, config.flip, config.shift, config.cutout)
+        augmentation = Augmentation.of(config)
         return self._open(config, self.train, request_at, augmentation, plan.share, dtype, device)
 
     def chunks(

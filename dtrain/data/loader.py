@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtrain.data.augment import LUMA, Augmentation, centred, decide, lookup_table, move_pixels
+from dtrain.data.augment import Augmentation, Decisions, decide, mixed_labels, undecided
 from dtrain.data.beton import Beton
+from dtrain.data.pixels import LUMA, lookup_table, write_images
 from dtrain.errors import DataError, UsageError
 from dtrain.keyed import Stream, key
 
@@ -33,8 +34,9 @@ POLL_SECONDS = 0.05
 class Batch:
     """images: [b, C, H, W] in channels-last memory, float32 or the autocast type, normalised.
 
-    labels, indices: int64 [b]. checksum: int64 [], of the indices and of what was decided for each image, below
-    b x 2^32; the sum of those of all shares is that of the global batch. Fresh memory: it may be kept.
+    labels: int64 [b], or shares of the K classes, float32 [b, K] with rows of sum 1, where images are mixed.
+    indices: int64 [b]. checksum: int64 [], of the indices and of all that was decided for each image, below b x 2^32;
+    the sum of those of all shares is that of the global batch. Fresh memory: it may be kept.
     """
 
     images: Tensor
@@ -73,7 +75,7 @@ class Loader:
         self.kind = kind
         self.wait_seconds = 0.0  # spent in `batch`, waiting for one
         self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
-        self._size, self._channels = image_size, channels
+        self._size, self._channels, self._mean, self._std = image_size, channels, mean, std
         self._lut = lookup_table(mean, std, str(dtype).removeprefix("torch."))
         self._dtype, self._device, self._largest = dtype, device, largest
         self._pool = ThreadPoolExecutor(kernel_threads, "dtrain-kernel") if kernel_threads > 1 else None
@@ -110,6 +112,13 @@ class Loader:
         self._ahead = _Ahead(self, step)
         self._ahead.wait()
 
+    def pixels(self, batch: Batch) -> npt.NDArray[np.uint8]:
+        """The bytes that a batch was normalised from, [b, H, W, C]; what was set to the mean shows it."""
+        images_NHWC = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
+        values = (images_NHWC * np.array(self._std) + np.array(self._mean)) * 255
+        pixels: npt.NDArray[np.uint8] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return pixels
+
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Make batches from `step` on, in the calling thread, without end or until there is none."""
         wanted: list[Request] = []  # requests the reader has been given and that are not yet made
@@ -138,10 +147,9 @@ class Loader:
         size, channels, count = self._size, self._channels, len(request.indices)
         side, depth = self._beton.image_size, self._beton.channels
         if self._augmentation is not None and request.epoch is not None:
-            table = decide(self._augmentation, request.epoch, request.indices, size, side)
-            cutout = self._augmentation.cutout
+            decisions = decide(self._augmentation, request.epoch, request.indices, size, side)
         else:
-            table, cutout = centred(count, size, side), 0
+            decisions = undecided(count, size, side)
         pin = self._copies is not None
         # short types are written as their bits, which the kernel's table holds
         carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
@@ -149,17 +157,19 @@ class Loader:
         out = images_NHWC.numpy()
 
         def part(number: int) -> None:
-            cut = slice(number * count // self._parts, (number + 1) * count // self._parts)
-            move_pixels(flat, offsets[cut], side, depth, table[cut], cutout, self._lut, out[cut])
+            # cut between pairs, so that partners stay together
+            first, end = (at * count // self._parts // 2 * 2 for at in (number, number + 1))
+            cut = slice(first, end if number + 1 < self._parts else count)
+            write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut])
 
         if self._pool is None:
             part(0)
         else:
             list(self._pool.map(part, range(self._parts)))
         images = images_NHWC.view(self._dtype).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(self._beton.labels[request.indices])
+        labels = torch.from_numpy(self._labels(request.indices, decisions))
         indices = torch.from_numpy(request.indices.copy())
-        decided = key(0, Stream.CHECKSUM, request.epoch or 0, request.indices, *table.T)
+        decided = key(0, Stream.CHECKSUM, request.epoch or 0, request.indices, *decisions.columns())
         checksum = torch.tensor(int((decided >> np.uint64(32)).sum()))
         if self._copies is None:
             return Batch(images, labels, indices, checksum)
@@ -170,6 +180,12 @@ class Loader:
                 indices,
                 checksum.pin_memory().to(self._device, non_blocking=True),
             )
+
+    def _labels(self, indices: npt.NDArray[np.int64], decisions: Decisions) -> npt.NDArray[Any]:
+        labels = self._beton.labels[indices]
+        if decisions.mixtures is None:
+            return labels
+        return mixed_labels(labels, decisions.mixtures, len(self._beton.class_names))
 
     def _stop(self) -> None:
         if self._ahead is not None:

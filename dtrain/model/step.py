@@ -43,10 +43,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(value)
 
 
-def loss_of(output: Tensor | tuple[Tensor, ...], labels_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """One loss an image, float32 [N], and the logits [N, K]; auxiliary logits of a tuple count AUXILIARY_WEIGHT."""
+def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """One loss an image, float32 [N], and the logits [N, K]; auxiliary logits of a tuple count AUXILIARY_WEIGHT.
+
+    labels: classes, int64 [N], or shares of the classes, float32 [N, K]; either is smoothed.
+    """
     outputs = output if isinstance(output, tuple) else (output,)
-    losses = [F.cross_entropy(o.float(), labels_N, reduction="none", label_smoothing=smoothing) for o in outputs]
+    losses = [F.cross_entropy(o.float(), labels, reduction="none", label_smoothing=smoothing) for o in outputs]
     losses_N = losses[0]
     for auxiliary in losses[1:]:
         losses_N = losses_N + AUXILIARY_WEIGHT * auxiliary
@@ -69,14 +72,14 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     images, labels = torch.split(batch.images, options.micro_batch), torch.split(batch.labels, options.micro_batch)
     sums = []
-    for part, (images_NCHW, labels_N) in enumerate(zip(images, labels, strict=True), start=1):
+    for part, (images_NCHW, targets) in enumerate(zip(images, labels, strict=True), start=1):
         travels = contextlib.nullcontext() if part == len(images) else network.keep_gradients_local()
         with travels:
             with network.autocast():
                 output = network.trained(images_NCHW)
-            losses_N, logits_NK = loss_of(output, labels_N, options.smoothing)
+            losses_N, logits_NK = loss_of(output, targets, options.smoothing)
             torch.autograd.backward(scaler.scale(losses_N.mean() / len(images)))
-        sums.append(sums_of(losses_N.detach(), logits_NK.detach(), labels_N, top5=False))
+        sums.append(sums_of(losses_N.detach(), logits_NK.detach(), targets, top5=False))
     if options.clip_grad is not None:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(network.module.parameters(), options.clip_grad)

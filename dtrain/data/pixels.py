@@ -1,0 +1,266 @@
+"""Pixels moved as `augment.py` has decided, by compiled kernels that take no lock of Python's.
+
+`write_images` is the way in. Crop, shift, flip and cutout alone are one pass from stored bytes to normalised images;
+whatever else is asked goes through bytes in between, a block of images at a time so that they stay in the processor's
+cache. Normalisation is a table of 256 values a channel.
+Legend: n images, H, W, C channels of what comes out; stored images have a side and a depth (channels) of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from dtrain.data.augment import ONE, Decisions
+
+# ITU-R BT.601's luma of red, green and blue, in units of 2^-16 as Pillow has them; they add up to 2^16
+LUMA = (19595, 38470, 7471)
+HALF = ONE // 2  # added before a shift to the right it rounds
+BLOCK_BYTES = 256 << 10  # of images between two kernels; the usual second-level cache holds it
+
+
+def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
+    """What each byte becomes, [C, 256]: (v / 255 - mean) / std in float32, and that rounded to float16 or bfloat16.
+
+    So a batch in a short type is the float32 batch, cast. The short types are carried as the uint16 of their bits:
+    numpy has no bfloat16, which is rounded to nearest even here, and numba's compiler no float16.
+    """
+    values: npt.NDArray[Any] = (
+        (np.arange(256)[None, :] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
+    ).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    elif dtype == "float16":
+        values = values.astype(np.float16).view(np.uint16)
+    return values
+
+
+def write_images(
+    source: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.uint64],
+    side: int,
+    depth: int,
+    decisions: Decisions,
+    lut: npt.NDArray[Any],
+    out: npt.NDArray[Any],
+) -> None:
+    """Write augmented, normalised images. Touches nothing but `out`; images are independent but for partners.
+
+    source: flat; offsets: [n], where each image of `side` x `side` x `depth` begins in it; lut: [C, 256] of
+    `lookup_table`; out: [n, H, W, C] of lut's type, overwritten whole. C is `depth`, or 1 out of 3: their luma.
+    """
+    d = decisions
+    if d.maps is d.factors is d.mixtures is d.erasures is None:
+        move_pixels(source, offsets, side, depth, d.moves, d.cutout, lut, out)
+        return
+    count, height, width, channels = out.shape
+    bytes_as_they_are = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256)).copy()
+    per_block = max(1, BLOCK_BYTES // (height * width * channels) // 2) * 2  # even: partners stay together
+    images = np.empty((min(per_block, count), height, width, channels), dtype=np.uint8)
+    for first in range(0, count, per_block):
+        block = slice(first, min(first + per_block, count))
+        here, now = d.of(block), images[: block.stop - first]
+        if here.maps is None:
+            move_pixels(source, offsets[block], side, depth, here.moves, 0, bytes_as_they_are, now)
+        else:
+            sample_pixels(source, offsets[block], side, depth, here.maps, now)
+        if here.factors is not None:
+            jitter_pixels(here.factors, now)
+        if here.mixtures is not None:
+            mix_pixels(here.mixtures, now)
+        normalise_pixels(now, lut, out[block])
+        if here.cutout:
+            square = np.full((len(now), 2), here.cutout, dtype=np.int32)
+            blank_pixels(np.concatenate((here.moves[:, 3:5], square), axis=1), out[block])
+        if here.erasures is not None:
+            blank_pixels(here.erasures, out[block])
+
+
+@njit(nogil=True, cache=True)
+def luma(red: Any, green: Any, blue: Any) -> int:
+    """The gray of a colour, rounded; of equal red, green and blue just that value."""
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + HALF) >> 16  # type: ignore[no-any-return]  # of Any
+
+
+@njit(nogil=True, cache=True)
+def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one place for the compiler
+    source: Any, offsets: Any, side: int, depth: int, moves: Any, cutout: int, lut: Any, out: Any
+) -> None:
+    """Crop, shift, gray, flip, normalisation and cutout in one pass; see `write_images`. moves: of Decisions."""
+    n, height, width, channels = out.shape
+    for i in range(n):
+        base = np.int64(offsets[i])
+        flip, dy, dx = moves[i, 0], np.int64(moves[i, 1]), np.int64(moves[i, 2])
+        # columns of the shifted image that have a source; none where the shift is wider than the image
+        low, high = min(width, max(0, -dx)), max(0, min(width, side - dx))
+        for y in range(height):
+            row = y + dy
+            if row < 0 or row >= side:
+                low_here, high_here = width, width
+            else:
+                low_here, high_here = low, high
+            for x in range(low_here):
+                for c in range(channels):
+                    out[i, y, width - 1 - x if flip else x, c] = lut[c, 0]
+            at = base + (row * side + low_here + dx) * depth
+            if channels == depth:
+                for x in range(low_here, high_here):
+                    to = width - 1 - x if flip else x
+                    for c in range(channels):
+                        out[i, y, to, c] = lut[c, source[at + c]]
+                    at += channels
+            else:
+                for x in range(low_here, high_here):
+                    to = width - 1 - x if flip else x
+                    out[i, y, to, 0] = lut[0, luma(source[at], source[at + 1], source[at + 2])]
+                    at += depth
+            for x in range(high_here, width):
+                for c in range(channels):
+                    out[i, y, width - 1 - x if flip else x, c] = lut[c, 0]
+        for y in range(moves[i, 3], min(moves[i, 3] + cutout, height)):
+            for x in range(moves[i, 4], min(moves[i, 4] + cutout, width)):
+                for c in range(channels):
+                    out[i, y, x, c] = 0
+
+
+@njit(nogil=True, cache=True)
+def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, out: Any) -> None:
+    """Bytes from the places that `maps` (of Decisions) names, to the nearest 1/256 of a pixel, as bilinear mixes.
+
+    A place is inside of the image up to half a pixel from the middle of its outermost pixels, which go on to there;
+    beyond it is black. Whole numbers give what `move_pixels` gives.
+    """
+    n, height, width, channels = out.shape
+    end, last, line = side * 256 - 128, side - 1, side * depth
+    for i in range(n):
+        image = source[np.int64(offsets[i]) :]
+        for y in range(height):
+            x_at, y_at = maps[i, 1] * y + maps[i, 2] + 128, maps[i, 4] * y + maps[i, 5] + 128
+            for x in range(width):
+                px, py = x_at >> 8, y_at >> 8
+                x_at += maps[i, 0]
+                y_at += maps[i, 3]
+                if px < -128 or px >= end or py < -128 or py >= end:
+                    for c in range(channels):
+                        out[i, y, x, c] = 0
+                    continue
+                column, row = px >> 8, py >> 8
+                left, right = max(column, 0) * depth, min(column + 1, last) * depth
+                upper, lower = max(row, 0) * line, min(row + 1, last) * line
+                to_right, down = px & 255, py & 255
+                both = to_right * down
+                weights = 65536 - ((to_right + down) << 8) + both, (to_right << 8) - both, (down << 8) - both, both
+                # unsigned: numba looks for places counted from the end otherwise, which halves the speed
+                places = (
+                    np.uint64(upper + left),
+                    np.uint64(upper + right),
+                    np.uint64(lower + left),
+                    np.uint64(lower + right),
+                )
+                red = _between(image, places, weights, np.uint64(0))
+                if depth == 1:
+                    out[i, y, x, 0] = red
+                    continue
+                green = _between(image, places, weights, np.uint64(1))
+                blue = _between(image, places, weights, np.uint64(2))
+                if channels == 1:
+                    out[i, y, x, 0] = luma(red, green, blue)
+                else:
+                    out[i, y, x, 0], out[i, y, x, 1], out[i, y, x, 2] = red, green, blue
+
+
+@njit(nogil=True, cache=True)
+def _between(image: Any, places: Any, weights: Any, channel: Any) -> int:
+    a, b, c, d = places
+    of_a, of_b, of_c, of_d = weights
+    upper = of_a * image[a + channel] + of_b * image[b + channel]
+    return (upper + of_c * image[c + channel] + of_d * image[d + channel] + HALF) >> 16  # type: ignore[no-any-return]  # of Any
+
+
+@njit(nogil=True, cache=True)
+def _blended(value: Any, other: Any, share: Any) -> int:
+    """`share` / ONE of a value and the rest of another, rounded and kept to a byte; the share may exceed 1."""
+    return min(max((value * share + other * (ONE - share) + HALF) >> 16, 0), 255)  # type: ignore[no-any-return]  # of Any
+
+
+@njit(nogil=True, cache=True)
+def jitter_pixels(factors: Any, images: Any) -> None:
+    """Brightness (against black), contrast (against the image's mean luma), saturation (against each pixel's luma).
+
+    In place. factors: int32 [n, 3] in units of 1 / ONE; images: uint8 [n, H, W, C]; one channel has no saturation.
+    """
+    n, height, width, channels = images.shape
+    tone = np.empty(256, np.int64)
+    for i in range(n):
+        brightness, contrast, saturation = np.int64(factors[i, 0]), np.int64(factors[i, 1]), np.int64(factors[i, 2])
+        for v in range(256):
+            tone[v] = _blended(v, 0, brightness)
+        if contrast != ONE:
+            total = 0
+            for y in range(height):
+                for x in range(width):
+                    total += _luma_of(tone, images[i, y, x])
+            pixels = height * width
+            mean = (total + pixels // 2) // pixels
+            for v in range(256):
+                tone[v] = _blended(tone[v], mean, contrast)
+        for y in range(height):
+            for x in range(width):
+                gray = _luma_of(tone, images[i, y, x])
+                for c in range(channels):
+                    images[i, y, x, c] = _blended(tone[images[i, y, x, c]], gray, saturation)
+
+
+@njit(nogil=True, cache=True)
+def _luma_of(tone: Any, pixel: Any) -> int:
+    if len(pixel) == 1:
+        return tone[pixel[0]]  # type: ignore[no-any-return]  # of Any
+    return luma(tone[pixel[0]], tone[pixel[1]], tone[pixel[2]])
+
+
+@njit(nogil=True, cache=True)
+def mix_pixels(mixtures: Any, images: Any) -> None:
+    """Blend partners, or exchange a rectangle between them. In place. mixtures: of Decisions; n is even."""
+    n, height, width, channels = images.shape
+    for i in range(0, n, 2):
+        own, top, left = mixtures[i, 1], mixtures[i, 2], mixtures[i, 3]
+        high, wide = mixtures[i, 4], mixtures[i, 5]
+        a, b = images[i], images[i + 1]
+        if high:
+            for y in range(top, top + high):
+                for x in range(left, left + wide):
+                    for c in range(channels):
+                        a[y, x, c], b[y, x, c] = b[y, x, c], a[y, x, c]
+        else:
+            for y in range(height):
+                for x in range(width):
+                    for c in range(channels):
+                        first, second = np.int64(a[y, x, c]), np.int64(b[y, x, c])
+                        a[y, x, c], b[y, x, c] = _blended(first, second, own), _blended(second, first, own)
+
+
+@njit(nogil=True, cache=True)
+def normalise_pixels(images: Any, lut: Any, out: Any) -> None:
+    """Bytes [n, H, W, C] through lut [C, 256] into out."""
+    n, height, width, channels = images.shape
+    for i in range(n):
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    out[i, y, x, c] = lut[c, images[i, y, x, c]]
+
+
+@njit(nogil=True, cache=True)
+def blank_pixels(rectangles: Any, out: Any) -> None:
+    """Set a rectangle of each image to the mean, which is 0. rectangles: [n, 4] of top, left, height, width."""
+    n, height, width, channels = out.shape
+    for i in range(n):
+        top, left, high, wide = rectangles[i, 0], rectangles[i, 1], rectangles[i, 2], rectangles[i, 3]
+        for y in range(top, min(top + high, height)):
+            for x in range(left, min(left + wide, width)):
+                for c in range(channels):
+                    out[i, y, x, c] = 0
