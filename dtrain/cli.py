@@ -331,7 +331,9 @@ def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
         config = run / RUN_CONFIG
         if not config.is_file():
             raise UsageError(f"--run {run}: no run is there; give a run directory")
-    return TrainConfig.of(config, **(settings if config is not None else {"arch": "none", **settings}))
+    if config is None and "arch" not in settings:  # nobody to say whether one channel would do: gray is drawn as colours
+        settings = {"arch": "none", "channels": "3", **settings}
+    return TrainConfig.of(config, **settings)
 
 
 @prove_app.command("resume", context_settings=PASS_ON)

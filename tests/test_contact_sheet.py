@@ -56,6 +56,7 @@ def test_gray_pictures_are_gray_and_captions_stay_below_their_pictures() -> None
 
 SETTINGS: dict[str, Any] = {
     "arch": "none",
+    "channels": "3",
     "dataset": "digits",
     "batch_size": 8,
     "steps": 5,

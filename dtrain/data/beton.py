@@ -40,7 +40,8 @@ from dtrain.files import canonical_json, sha256_of, whole_file, write_json
 FORMAT = 2  # of the sidecar, and of everything else in a conversion that a new version of dtrain may change
 RAW_LIMIT = 4 << 30  # bytes of a split that are stored raw; a larger one is stored as JPEG
 JPEG_QUALITY = 95
-LUMA = (19595, 38470, 7471)  # 65536ths of red, green and blue in the one channel made of three; R=G=B gives R
+# ITU-R BT.601's luma of red, green and blue, in units of 2^-16 as Pillow has them; of R = G = B it is R
+LUMA = (19595, 38470, 7471)
 Block = list[Pixels | BadPicture]
 STORED = {"raw": RAW, "jpeg": JPEG}
 AGAIN = "remove the folder and convert the data set again"

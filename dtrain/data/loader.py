@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dtrain.data.augment import Augmentation, Decisions, decide, mixed_labels, undecided
-from dtrain.data.beton import Beton
-from dtrain.data.pixels import LUMA, lookup_table, write_images
+from dtrain.data.beton import LUMA, Beton
+from dtrain.data.pixels import lookup_table, write_images
 from dtrain.errors import DataError, UsageError
 from dtrain.keyed import Stream, key
 

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from numba import njit
 
 from dtrain.data.augment import ONE, Decisions
+from dtrain.data.beton import LUMA
 
-# ITU-R BT.601's luma of red, green and blue, in units of 2^-16 as Pillow has them; they add up to 2^16
-LUMA = (19595, 38470, 7471)
 HALF = ONE // 2  # added before a shift to the right it rounds
 BLOCK_BYTES = 256 << 10  # of images between two kernels; the usual second-level cache holds it
 
