@@ -15,23 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtrain import plugins, runtime
-from dtrain.config import TrainConfig, parse_seconds
+from dtrain.config import TrainConfig
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.errors import DataError, DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
-from dtrain.model.metrics import Sums, no_sums
-from dtrain.model.network import Network, average_of, build_module, wrap
-from dtrain.model.optimization import Packed, build_optimizer, pack, set_lr, unpack
+from dtrain.model.learner import learner_of
+from dtrain.model.metrics import Sums, Tally
+from dtrain.model.network import Network, build_module, wrap
+from dtrain.model.nonfinite import GIVE_UP_STEPS, told
+from dtrain.model.optimization import set_lr
 from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, make_plan
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, resolved_before
-from dtrain.run.state import Stopwatch, TrainState
+from dtrain.run.state import RunClock, Stopwatch, TrainState
 from dtrain.world import Ask, Place, World, place
 
 
@@ -101,31 +103,6 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     return machine
 
 
-class _Clock:
-    """Rank 0's wishes that depend on time."""
-
-    def __init__(self, config: TrainConfig, plan: Plan) -> None:
-        self._save_seconds = plan.save_every.seconds
-        self._limit = parse_seconds(config.max_time, "--max-time") if config.max_time else None
-        self._started = self._saved = time.monotonic()
-        self.reason = ""
-
-    def saved(self) -> None:
-        """A checkpoint has just been written."""
-        self._saved = time.monotonic()
-
-    def ask(self) -> Ask:
-        """What is due; asked one step before it is acted on."""
-        now = time.monotonic()
-        save = self._save_seconds is not None and now - self._saved >= self._save_seconds
-        if save:
-            self._saved = now  # asked for once: it is acted on a step later, when the next wish has been posted
-        stop = self._limit is not None and now - self._started >= self._limit
-        if stop:
-            self.reason = "--max-time"
-        return Ask(save=save, stop=stop)
-
-
 class Training:
     """One run, set up, and where it stands. opened: takes what has to be closed."""
 
@@ -145,13 +122,12 @@ class Training:
         self.dataset, self.split, self.stop_after = dataset, dataset.evaluation_split, stop_after
         for line in (*machine.why, *plan.lines(config.lr)):
             console.line(line)
-        self.network = self._network(machine)
-        self.optimizer = build_optimizer(config, self.network.module)
-        self.scaler = torch.amp.GradScaler(self.network.device.type, enabled=self.network.dtype == torch.float16)
-        self.ema = average_of(self.network.module, config.ema)
-        self.options = StepOptions(plan.micro_batch, config.smoothing, config.clip_grad)
+        self.learner = learner_of(self._network(machine), config)
+        self.network = self.learner.network
+        self.options = StepOptions(
+            plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip"
+        )
         parameters = sum(p.numel() for p in self.network.module.parameters())
-        self.tally = no_sums(self.network.device)  # of this process since it was last read; the rest is in the state
         at = (self.network.dtype, self.network.device)
         self.loader = dataset.train_loader(config, plan, world.rank, *at)
         opened.callback(self.loader.close)
@@ -160,7 +136,9 @@ class Training:
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.kind} reader")
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
-        self.clock = _Clock(config, plan)
+        # of this process since it was last read; the rest is in the state
+        self.tally = Tally(self.network.device, plan.share, self.state.streak)
+        self.clock = RunClock(config, plan)
         self.loader.start(self.state.step)  # opening and compiling is no training
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
         self.lap_samples = self.state.samples
@@ -170,7 +148,8 @@ class Training:
     def loop(self) -> Summary:
         """Train to the end. Raises Stopped after a save that was asked for."""
         config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
-        network, optimizer, scaler, ema = self.network, self.optimizer, self.scaler, self.ema
+        learner, network = self.learner, self.network
+        optimizer, scaler, ema = learner.optimizer, learner.scaler, learner.ema
         self.console.start(plan.total_steps, state.step)
         with world.listening():
             world.post(clock)
@@ -228,6 +207,7 @@ class Training:
             "top1_fraction": sums.top1_fraction,
             "lr": self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
             "images_in_interval": sums.images,
+            "skipped_steps": sums.skipped_images // plan.batch_size,
             "checksum": sums.checksum,
             "clock": {
                 "images_per_second": images_per_second,
@@ -244,16 +224,31 @@ class Training:
     def take(self) -> Sums:
         """The sums of the open log interval over all processes, kept in the state; the device's begin anew.
 
-        Raises DivergedError on every process if a loss was not finite. Collective, a host sync.
+        Raises DivergedError on every process if a loss was not finite, or too many updates in a row were skipped.
+        Collective, a host sync.
         """
-        sums = Sums.of(self.state.add(self.world.total(self.tally)))
-        self.tally.zero_()
-        if sums.nonfinite:
-            raise DivergedError(
-                f"{sums.nonfinite} losses were not finite in the steps up to {self.state.step}; lower --lr, add "
-                "--warmup-epochs or --clip-grad; the last checkpoint is from before it"
-            )
+        state, tally = self.state, self.tally
+        new = self.world.total(tally.sums)
+        sums, state.streak = Sums.of(state.add(new)), int(tally.streak)
+        if Sums.of(new).nonfinite or Sums.of(new).skipped_images:
+            self._tell_fault(Sums.of(new).skipped_images // self.plan.batch_size)
+        tally.begin_anew()
         return sums
+
+    def _tell_fault(self, skipped_steps: int) -> None:
+        """Name the first step since the last read whose loss or gradient was not finite, and its samples. Collective.
+
+        Raises DivergedError on every process unless its update was skipped, and so were few enough in a row.
+        """
+        fault, path = self.tally.first_fault(self.world), self.world.from_main(lambda: self.recorder.path)
+        step, longest = self.state.step - fault.steps_ago, int(self.tally.longest)
+        samples = self.dataset.train_samples[self.plan.batch(step - 1)[fault.positions]]
+        line = told(step, samples.tolist(), f"dtrain replay {shlex.quote(shown(path))} --step {step}")
+        if not self.options.skip_nonfinite:
+            raise DivergedError(f"{line}; nothing was saved since")
+        if longest >= GIVE_UP_STEPS:
+            raise DivergedError(f"{longest} updates in a row were skipped up to step {self.state.step}: {line}")
+        self.console.warn(f"skipped {skipped_steps} updates up to step {self.state.step}: {line}")
 
     def evaluate(self, asked: Ask) -> Ask:
         """Evaluate raw and EMA weights, write and show the rows; what is agreed meanwhile is added to `asked`.
@@ -261,8 +256,8 @@ class Training:
         Asked to stop, it leaves the evaluation for the resume. Collective.
         """
         state, modules = self.state, {"raw": self.network.module}
-        if self.ema is not None:
-            modules["ema"] = self.ema.module
+        if self.learner.ema is not None:
+            modules["ema"] = self.learner.ema.module
         state.eval_due = True
         if asked.stop:
             return asked
@@ -317,16 +312,7 @@ class Training:
         folder, state = self.recorder.folder, self.state
         if folder is None:
             return
-        packed = pack(self.optimizer, self.network.module)
-        parts: dict[str, dict[str, Tensor]] = {"network": self.network.tensors(), "optimizer": packed.tensors}
-        if self.ema is not None:
-            parts["ema"] = dict(self.ema.module.state_dict())
-        counts: dict[str, Any] = {
-            **asdict(state),
-            "optimizer": packed.scalars,
-            "scaler": self.scaler.state_dict(),
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
-        }
+        counts = {**asdict(state), **self.learner.counts()}
         about: dict[str, Any] = {
             "config": self.config.settings(),
             "class_names": list(self.dataset.train.class_names),
@@ -337,7 +323,7 @@ class Training:
             "plugins": dict(self.recorder.record.plugins),
         }
         folder.sync()
-        path = checkpoint.save(folder.checkpoints, state.step, parts, counts, about)
+        path = checkpoint.save(folder.checkpoints, state.step, self.learner.parts(), counts, about)
         checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best["step"] if state.best else None)
         self.recorder.event("save", state.step)
         self.recorder.update(step=state.step, last_checkpoint=path.name)
@@ -417,15 +403,8 @@ class Training:
                 "changed; bring it back, or give another --output"
             )
         counts: dict[str, Any] = dict(saved.state)
-        packed = Packed(saved.parts.get("optimizer", {}), counts.pop("optimizer"))
-        scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")
+        self.learner.restore(saved.parts, counts)
         state = TrainState(**counts)
-        self.network.load(saved.parts["network"])
-        unpack(self.optimizer, self.network.module, packed)
-        self.scaler.load_state_dict(scaler)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved.parts["ema"])
-            self.ema.n_averaged.fill_(ema_updates)
         if self.recorder.folder is not None:
             self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)
         self.recorder.event("resume", state.step)

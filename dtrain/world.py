@@ -200,6 +200,17 @@ class World:
             dist.all_reduce(mine, group=self._control)
         return [int(value) for value in mine.tolist()]
 
+    def least(self, value: int) -> int:
+        """The least of all processes' values. Collective."""
+        if self._control is None:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        box = torch.tensor(value)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN, group=self._control)
+        return int(box.item())
+
     def from_main(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective."""
         if self._control is None:

@@ -51,7 +51,7 @@ def stepped(
     network = Network(module, module, dtype, CPU)
     optimizer = torch.optim.SGD(module.parameters(), lr=lr)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return module, train_step(network, optimizer, scaler, ema, batch(), options)
+    return module, train_step(network, optimizer, scaler, ema, batch(), options).sums
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
@@ -281,7 +281,7 @@ def shares() -> dict[str, Any]:
     mine = Batch(whole.images[share], whole.labels[share], whole.indices[share], whole.checksum)
     optimizer = torch.optim.SGD(network.module.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    sums = train_step(network, optimizer, scaler, None, mine, StepOptions(24 // at.size // 4, 0.0, None))
+    sums = train_step(network, optimizer, scaler, None, mine, StepOptions(24 // at.size // 4, 0.0, None)).sums
     weights = torch.cat([p.detach().flatten() for p in network.module.parameters()])
     world.leave()
     return {"weights": weights.tolist(), "sums": sums.tolist(), "reduces": reduces}
