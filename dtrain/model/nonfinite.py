@@ -64,14 +64,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> lis
     return found
 
 
-def told(step: int, samples: Sequence[int], replay: str) -> str:
-    """A line about the first step that went wrong: the samples whose loss was not finite, none if it was a gradient.
-
-    samples: their places in the training set. replay: the command that looks at the step.
-    """
+def told(step: int, samples: Sequence[int]) -> str:
+    """What went wrong first: the samples whose loss was not finite, by place in the training set; none: a gradient."""
     named = ", ".join(map(str, sorted(samples)[:NAMED]))
     more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
-    what = f"the loss of step {step} is not finite for training sample{'s' * (len(samples) > 1)} {named}{more}"
     if not samples:
-        what = f"the gradient of step {step} is not finite"
-    return f"{what}; lower --lr, add --warmup-epochs or --clip-grad; to look at it: {replay}"
+        return f"the gradient of step {step} is not finite"
+    return f"the loss of step {step} is not finite for training sample{'s' * (len(samples) > 1)} {named}{more}"

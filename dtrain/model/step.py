@@ -144,8 +144,8 @@ def apply_unless(
 ) -> None:
     """Apply the gradient and put all back where `skipped`, a bool [] on the device, which is not read.
 
-    But for a run's first update: what the optimizer has only just made cannot be put back, it has to go again. Costs a
-    copy of weights, optimizer state and EMA.
+    But for a run's first update: what the optimizer has only just made cannot be put back, it has to go again. The
+    EMA's own count goes on, of which only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
     """
     averages = [*ema.module.parameters(), *ema.module.buffers()] if ema is not None else []
     weights, states = list(network.module.parameters()), state_tensors(optimizer, network.device)
