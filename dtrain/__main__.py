@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError
 from dtrain.runtime import tune_allocator
+from dtrain.world import place
 
 GROUP_FLAGS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -17,6 +19,7 @@ GROUP_FLAGS = ("--help", "-h", "--version", "--install-completion", "--show-comp
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0, or the code of the error, which is told in one line on stderr."""
     tune_allocator()  # before anything allocates
+    _heed_signals()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0].startswith("-") and arguments[0] not in GROUP_FLAGS:
         arguments.insert(0, "train")  # flags without a verb mean `train`
@@ -25,8 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _recorded(arguments)
     except DtrainError as error:
         code = error.exit_code
-        told = not getattr(error, "told_elsewhere", False)
+        # what is wrong with the command line itself, all processes of a host find alike: one of them tells
+        told = not getattr(error, "told_elsewhere", place().local_rank > 0)
         if told:
+            if error.table:
+                print(error.table, file=sys.stderr)
             _tell(f"error: {error}" if code != 75 else str(error), "--debug" in arguments)
     except KeyboardInterrupt:
         code = EXIT_STOPPED_UNSAVED
@@ -39,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if told:
             _tell(f"error: {type(error).__name__}: {error} (a defect of dtrain or of a plugin)", True)
     _leave(code, told)
+
+
+def _heed_signals() -> None:
+    """Until a run listens itself, let TERM and USR1 end one process as Ctrl-C does, with the same exit code.
+
+    Of several processes they end each at once: Python's handlers would wait for a collective to return.
+    """
+    if place().size == 1:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.default_int_handler)
 
 
 def _recorded(arguments: list[str]) -> None:
@@ -56,7 +72,7 @@ def _recorded(arguments: list[str]) -> None:
 def _tell(line: str, with_traceback: bool) -> None:
     if with_traceback:
         traceback.print_exc()
-    print(line, file=sys.stderr)
+    print(" ".join(line.split("\n")), file=sys.stderr)  # a plugin's own words may have several lines
 
 
 def _leave(code: int, told: bool) -> None:

@@ -13,7 +13,7 @@ import typer
 
 import dtrain
 from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, flag_of, settings_fields, type_of
-from dtrain.errors import DtrainError, UsageError, nearest
+from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError, UsageError, nearest
 from dtrain.plugins import find
 from dtrain.run import trackers
 
@@ -64,6 +64,8 @@ def run(arguments: list[str]) -> None:
             raise UsageError(" ".join(error.format_message().split())) from None
         known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
         raise UsageError(f"{flag} is not a flag; {nearest(flag, known)}") from None
+    if code == EXIT_STOPPED_UNSAVED:  # what Typer makes of KeyboardInterrupt
+        raise KeyboardInterrupt
     if isinstance(code, int) and code:
         sys.exit(code)
 
@@ -200,6 +202,21 @@ def _eval(
 
     result = evaluate_run(run, checkpoint, loader=loader)
     print(json.dumps(result)) if json_ else print_evaluation(result)
+
+
+@app.command("replay", rich_help_panel=LOOK)
+def _replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    step: Annotated[int, typer.Option(metavar="K", help="the step, as rows and log lines count them")],
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="folder for the pictures")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Compute one step of a run again and look at it: losses, gradient, what is not finite, and its pictures."""
+    from dtrain.commands.replay import print_replay, replay
+    from dtrain.files import finite
+
+    result = replay(run, step, out)
+    print(json.dumps(finite(result))) if json_ else print_replay(result)
 
 
 @app.command("runs", rich_help_panel=LOOK)

@@ -133,6 +133,14 @@ class TrainConfig:
     warmup_epochs: float = setting(0.0, "Optimization", "result", "epochs over which the learning rate rises first")
     smoothing: float = setting(0.0, "Optimization", "result", "label smoothing, in [0, 1)")
     clip_grad: float | None = setting(None, "Optimization", "result", "largest norm of the gradient of a step")
+    on_nonfinite: str = setting(
+        "stop",
+        "Optimization",
+        "result",
+        "what a loss that is not finite does: it ends the run (stop), or the update of its step, as of one whose "
+        "gradient is not finite, is left out on every process (skip); 20 such steps in a row end the run",
+        choices=("stop", "skip"),
+    )
     grad_accum_steps: int = setting(
         1, "Optimization", "result", "micro-batches that each process's share of a batch is cut into"
     )

@@ -25,9 +25,13 @@ EXIT_STOPPED_UNSAVED = 130
 
 
 class DtrainError(Exception):
-    """Anything dtrain can explain in one line; `exit_code` is what the process ends with."""
+    """Anything dtrain can explain in one line; `exit_code` is what the process ends with.
+
+    table: more about it for a terminal, which the command line prints above the line.
+    """
 
     exit_code: ClassVar[int] = 1
+    table: str = ""
 
 
 class UsageError(DtrainError):

@@ -31,6 +31,7 @@ class Plan:
     train_size: int
     world_size: int
     batch_size: int
+    batch_unit: int
     share: int
     micro_batch: int
     steps_per_epoch: int
@@ -97,6 +98,16 @@ class Plan:
             return step > 0 and math.floor(step / per_interval + 1e-9) > math.floor((step - 1) / per_interval + 1e-9)
         return False
 
+    def lighter(self) -> str:
+        """What to try where a step needs too much memory: about half as many images at a time."""
+        accumulation, tries = self.share // self.micro_batch, []
+        if batch := self.batch_size // 2 // self.batch_unit * self.batch_unit:
+            tries.append(f"--batch-size {batch}")
+        finer = (k for k in range(2 * accumulation, self.share + 1) if self.share % k == 0)
+        if (steps := next(finer, None)) is not None:
+            tries.append(f"--grad-accum-steps {steps}, which keeps the batch")
+        return f"try {', or '.join(tries)}" if tries else "one image at a time is too much: use a smaller network"
+
     def lines(self, lr: float) -> list[str]:
         """The plan for people, each number with its reason. lr: the peak learning rate."""
         share = f"{self.world_size} processes x {self.share}" if self.world_size > 1 else "1 process"
@@ -119,26 +130,34 @@ def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return keyed.order(n, seed, epoch)
 
 
-def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
-    """The plan of `config` for a training set of `train_size` images on `world_size` processes.
+def check_batch(config: TrainConfig, world_size: int) -> int:
+    """What the batch must be a multiple of. Raises UsageError where it is not, naming the nearest sizes that are.
 
-    Raises UsageError where a batch does not divide over processes and micro-batches, or a share into the pairs that
-    mixing needs (naming the nearest sizes that do), is larger than the training set, or a warm-up leaves no step for
-    the schedule.
+    It divides over processes and micro-batches, and a share into the pairs that mixing needs.
     """
-    batch, parts = config.batch_size, world_size * config.grad_accum_steps
+    batch, unit = config.batch_size, world_size * config.grad_accum_steps
     mixing = [flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0]
     if mixing:
-        parts = math.lcm(parts, 2 * world_size)
-    if batch % parts:
-        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        unit = math.lcm(unit, 2 * world_size)
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
         sizes = f"{below} or {above}" if below else str(above)
         accumulated = f" x {config.grad_accum_steps} micro-batches" if config.grad_accum_steps > 1 else ""
         pairs = f" into the pairs of {' and '.join(mixing)}" if mixing else ""
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise UsageError(f"--batch-size {batch} does not divide over {processes}{accumulated}{pairs}; try {sizes}")
+    return unit
+
+
+def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
+    """The plan of `config` for a training set of `train_size` images on `world_size` processes.
+
+    Raises UsageError where a batch does not divide (`check_batch`), is larger than the training set, or a warm-up
+    leaves no step for the schedule.
+    """
+    batch, unit = config.batch_size, check_batch(config, world_size)
     if batch > train_size:
-        most = train_size // parts * parts
+        most = train_size // unit * unit
         fix = f"give at most {most}" if most else "use fewer processes"
         raise UsageError(f"--batch-size {batch} is larger than the training set of {train_size} images; {fix}")
     per_epoch = train_size // batch
@@ -161,6 +180,7 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
         train_size=train_size,
         world_size=world_size,
         batch_size=batch,
+        batch_unit=unit,
         share=batch // world_size,
         micro_batch=batch // world_size // config.grad_accum_steps,
         steps_per_epoch=per_epoch,

@@ -119,6 +119,17 @@ def _threads(config: TrainConfig, local_world: int, kept: object) -> tuple[int, 
     return share, f"{share} threads = {usable} cores / {local_world} processes"
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is a refusal of memory: Python's, torch's on a CPU, or CUDA's."""
+    while error is not None:
+        text = str(error).lower()
+        refused = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+        if refused or isinstance(error, MemoryError):
+            return True
+        error = error.__cause__
+    return False
+
+
 def apply(runtime: Runtime, *, deterministic: bool) -> None:
     """Set threads, denormals and deterministic kernels of this process, and its CUDA device."""
     import torch

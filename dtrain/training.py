@@ -15,24 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dtrain import plugins, runtime
-from dtrain.config import TrainConfig, parse_seconds
+from dtrain import runtime
+from dtrain.config import TrainConfig
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.errors import DataError, DivergedError, Stopped, StorageError
+from dtrain.errors import DivergedError, Stopped, StorageError, UsageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
-from dtrain.model.metrics import Sums, no_sums
-from dtrain.model.network import Network, average_of, build_module, wrap
-from dtrain.model.optimization import Packed, build_optimizer, pack, set_lr, unpack
+from dtrain.model.learner import learner_of
+from dtrain.model.metrics import Sums, Tally
+from dtrain.model.network import Network, build_module, chosen_architecture, wrap
+from dtrain.model.nonfinite import GIVE_UP_STEPS, told
+from dtrain.model.optimization import chosen_optimizer, set_lr
 from dtrain.model.step import StepOptions, seed_step, train_step
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan, check_batch, make_plan
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
-from dtrain.run.recorder import Recorder, open_recorder, resolved_before
-from dtrain.run.state import Stopwatch, TrainState
-from dtrain.world import Ask, Place, World, place
+from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
+from dtrain.run.state import RunClock, Stopwatch, TrainState
+from dtrain.world import Ask, Place, World, place, signals_as_before
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,21 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
     """Run `config` to its end, going on where its run directory stands.
 
     Under torchrun every process calls it. stop_after: stop, save and raise Stopped once this many updates are done, as
-    a signal then would. Raises DtrainError for all that dtrain can explain; Stopped after a save that was asked for.
+    a signal then would. command: the command line, for the record; its process ends with the run, so after a stop
+    signals stay ignored (a late one must not change the exit code), else they are as before.
+    Raises DtrainError for all that dtrain can explain; Stopped after a save that was asked for.
     """
     started, at = time.monotonic(), place()
     world, console = World(at, config.dist_timeout), Console(at.is_main)
     with ExitStack() as opened:  # what has to be closed, last opened first: readers, the run directory, the bar
+        if not command:
+            opened.enter_context(signals_as_before())
         opened.callback(console.stop)
-        recorder = None
+        recorder, plan = None, None
         try:
             machine = _join(config, world, at)
             dataset = console.converting(load_dataset(config))
-            world.same(dataset.digest, f"data set {config.dataset}")
+            world.same(str(dataset.facts), f"data set {config.dataset}")
             plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
             resolved = {**asdict(machine), "world_size": world.size}
             recorder = world.main_first(
@@ -77,53 +83,38 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             world.leave()
             setattr(stopped, "told_elsewhere", not world.is_main)  # noqa: B010 - read by __main__, which prints
             raise
-        except Exception as error:
+        except Exception as refused:
+            error = _explained_memory(refused, plan) if runtime.is_out_of_memory(refused) else refused
             if world.size > 1:
                 world.ignore_signals()  # the launcher sends one when another process is gone; first this one tells
             explained = world.explained(error)
             if recorder is not None:
                 recorder.failed(explained)
-            raise explained from (error if explained is not error else error.__cause__)
+            raise explained from (refused if explained is not refused else refused.__cause__)
+
+
+def _explained_memory(refused: Exception, plan: Plan | None) -> Exception:
+    """An allocation that was refused, told with the batch to try."""
+    what = f"{type(refused).__name__}: {str(refused).splitlines()[0] if str(refused) else 'no more is known'}"
+    if plan is None:
+        return UsageError(f"out of memory while the data set was prepared; it needs a larger machine ({what})")
+    return UsageError(f"out of memory with {plan.micro_batch} images at a time a process; {plan.lighter()} ({what})")
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
-    """Decide what to compute with, meet the others, and agree with them: rank 0's precision is everybody's."""
-    plugins.find("architecture", config.arch)  # a wrong name is told before anything is downloaded or converted
-    plugins.find("optimizer", config.opt)
+    """Meet the others, decide what to compute with, and agree with them: rank 0's precision is everybody's."""
+    world.meet()
+    check_batch(config, at.size)  # what can be known is told before anything is downloaded or converted
+    chosen_architecture(config)
+    chosen_optimizer(config)
     trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
-    if at.size > 1:
-        world.join(at, asked.backend)
+    world.join(asked.backend)
     kept = world.from_main(lambda: resolved_before(config, at.size))
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
     runtime.apply(machine, deterministic=config.deterministic)
     return machine
-
-
-class _Clock:
-    """Rank 0's wishes that depend on time."""
-
-    def __init__(self, config: TrainConfig, plan: Plan) -> None:
-        self._save_seconds = plan.save_every.seconds
-        self._limit = parse_seconds(config.max_time, "--max-time") if config.max_time else None
-        self._started = self._saved = time.monotonic()
-        self.reason = ""
-
-    def saved(self) -> None:
-        """A checkpoint has just been written."""
-        self._saved = time.monotonic()
-
-    def ask(self) -> Ask:
-        """What is due; asked one step before it is acted on."""
-        now = time.monotonic()
-        save = self._save_seconds is not None and now - self._saved >= self._save_seconds
-        if save:
-            self._saved = now  # asked for once: it is acted on a step later, when the next wish has been posted
-        stop = self._limit is not None and now - self._started >= self._limit
-        if stop:
-            self.reason = "--max-time"
-        return Ask(save=save, stop=stop)
 
 
 class Training:
@@ -145,13 +136,12 @@ class Training:
         self.dataset, self.split, self.stop_after = dataset, dataset.evaluation_split, stop_after
         for line in (*machine.why, *plan.lines(config.lr)):
             console.line(line)
-        self.network = self._network(machine)
-        self.optimizer = build_optimizer(config, self.network.module)
-        self.scaler = torch.amp.GradScaler(self.network.device.type, enabled=self.network.dtype == torch.float16)
-        self.ema = average_of(self.network.module, config.ema)
-        self.options = StepOptions(plan.micro_batch, config.smoothing, config.clip_grad)
+        self.learner = learner_of(self._network(machine), config)
+        self.network = self.learner.network
+        self.options = StepOptions(
+            plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip"
+        )
         parameters = sum(p.numel() for p in self.network.module.parameters())
-        self.tally = no_sums(self.network.device)  # of this process since it was last read; the rest is in the state
         at = (self.network.dtype, self.network.device)
         self.loader = dataset.train_loader(config, plan, world.rank, *at)
         opened.callback(self.loader.close)
@@ -160,7 +150,9 @@ class Training:
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.kind} reader")
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
-        self.clock = _Clock(config, plan)
+        # of this process since it was last read; the rest is in the state
+        self.tally = Tally(self.network.device, plan.share, self.state.streak)
+        self.clock = RunClock(config, plan)
         self.loader.start(self.state.step)  # opening and compiling is no training
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
         self.lap_samples = self.state.samples
@@ -170,7 +162,8 @@ class Training:
     def loop(self) -> Summary:
         """Train to the end. Raises Stopped after a save that was asked for."""
         config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
-        network, optimizer, scaler, ema = self.network, self.optimizer, self.scaler, self.ema
+        learner, network = self.learner, self.network
+        optimizer, scaler, ema = learner.optimizer, learner.scaler, learner.ema
         self.console.start(plan.total_steps, state.step)
         with world.listening():
             world.post(clock)
@@ -192,7 +185,7 @@ class Training:
                 if plan.evaluates_at(state.step):
                     ask = self.evaluate(ask)
                 self.act(ask)
-        return self.finish()
+            return self.finish()
 
     def act(self, ask: Ask) -> None:
         """Save if it is due or asked for; raise Stopped if all have agreed to stop."""
@@ -228,6 +221,7 @@ class Training:
             "top1_fraction": sums.top1_fraction,
             "lr": self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
             "images_in_interval": sums.images,
+            "skipped_steps": sums.skipped_images // plan.batch_size,
             "checksum": sums.checksum,
             "clock": {
                 "images_per_second": images_per_second,
@@ -244,16 +238,33 @@ class Training:
     def take(self) -> Sums:
         """The sums of the open log interval over all processes, kept in the state; the device's begin anew.
 
-        Raises DivergedError on every process if a loss was not finite. Collective, a host sync.
+        Raises DivergedError on every process if a loss was not finite, or too many updates in a row were skipped.
+        Collective, a host sync.
         """
-        sums = Sums.of(self.state.add(self.world.total(self.tally)))
-        self.tally.zero_()
-        if sums.nonfinite:
-            raise DivergedError(
-                f"{sums.nonfinite} losses were not finite in the steps up to {self.state.step}; lower --lr, add "
-                "--warmup-epochs or --clip-grad; the last checkpoint is from before it"
-            )
+        state, tally = self.state, self.tally
+        new = self.world.total(tally.sums)
+        sums, state.streak = Sums.of(state.add(new)), int(tally.streak)
+        if Sums.of(new).nonfinite or Sums.of(new).skipped_images:
+            self._tell_fault(Sums.of(new).skipped_images // self.plan.batch_size)
+        tally.begin_anew()
         return sums
+
+    def _tell_fault(self, skipped_steps: int) -> None:
+        """Name the first step since the last read whose loss or gradient was not finite, and its samples. Collective.
+
+        Raises DivergedError on every process unless its update was skipped, and so were few enough in a row.
+        """
+        fault, path = self.tally.first_fault(self.world), self.world.from_main(lambda: self.recorder.path)
+        step, longest = self.state.step - fault.steps_ago, int(self.tally.longest)
+        samples = self.dataset.train_samples[self.plan.batch(step - 1)[fault.positions]]
+        what, look = told(step, samples.tolist()), f"dtrain replay {shlex.quote(shown(path))} --step {step}"
+        advice = f"lower --lr, add --warmup-epochs or --clip-grad; to look at it: {look}"
+        if not self.options.skip_nonfinite:
+            raise DivergedError(f"{what}; the last checkpoint is from before it; {advice}")
+        what = f"up to step {self.state.step}; {what}"
+        if longest >= GIVE_UP_STEPS:
+            raise DivergedError(f"{longest} updates in a row were skipped {what}; {advice}")
+        self.console.warn(f"{skipped_steps} updates were skipped {what}; to look at it: {look}")
 
     def evaluate(self, asked: Ask) -> Ask:
         """Evaluate raw and EMA weights, write and show the rows; what is agreed meanwhile is added to `asked`.
@@ -261,8 +272,8 @@ class Training:
         Asked to stop, it leaves the evaluation for the resume. Collective.
         """
         state, modules = self.state, {"raw": self.network.module}
-        if self.ema is not None:
-            modules["ema"] = self.ema.module
+        if self.learner.ema is not None:
+            modules["ema"] = self.learner.ema.module
         state.eval_due = True
         if asked.stop:
             return asked
@@ -317,30 +328,20 @@ class Training:
         folder, state = self.recorder.folder, self.state
         if folder is None:
             return
-        packed = pack(self.optimizer, self.network.module)
-        parts: dict[str, dict[str, Tensor]] = {"network": self.network.tensors(), "optimizer": packed.tensors}
-        if self.ema is not None:
-            parts["ema"] = dict(self.ema.module.state_dict())
-        counts: dict[str, Any] = {
-            **asdict(state),
-            "optimizer": packed.scalars,
-            "scaler": self.scaler.state_dict(),
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
-        }
+        counts = {**asdict(state), **self.learner.counts()}
         about: dict[str, Any] = {
             "config": self.config.settings(),
-            "class_names": list(self.dataset.train.class_names),
-            "channels": self.dataset.channels,
-            "image_size": self.dataset.image_size,
-            "train_size": self.plan.train_size,
-            "data": self.dataset.digest,
+            **self.dataset.facts,
             "plugins": dict(self.recorder.record.plugins),
         }
-        folder.sync()
-        path = checkpoint.save(folder.checkpoints, state.step, parts, counts, about)
-        checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best["step"] if state.best else None)
+        self.recorder.flush()
+        path = checkpoint.save(folder.checkpoints, state.step, self.learner.parts(), counts, about)
         self.recorder.event("save", state.step)
-        self.recorder.update(step=state.step, last_checkpoint=path.name)
+        try:
+            checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best["step"] if state.best else None)
+            self.recorder.update(step=state.step, last_checkpoint=path.name)
+        except StorageError as error:  # the checkpoint itself is there
+            self.console.warn(f"saved, but: {error}")
 
     def finish(self) -> Summary:
         """Mark the run finished and show its table."""
@@ -374,11 +375,17 @@ class Training:
         """The network, rehearsed: what is wrong with it is told now."""
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
-        module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
-        # before DDP, which would hide a difference by sending rank 0's
-        self.world.same(rehearsal.digest_of(module.state_dict()), f"the initial network of architecture {config.arch}")
         noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32)
-        rehearsal.first_output(module, noise, config.arch, classes)
+
+        def build(pixels: int) -> nn.Module:
+            return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
+
+        with rehearsal.smallest_size_told(build, channels, size):
+            module = build(size)
+            # before DDP, which would hide a difference by sending rank 0's
+            weights = rehearsal.digest_of(module.state_dict())
+            self.world.same(weights, f"the initial network of architecture {config.arch}")
+            rehearsal.first_output(module, noise, config.arch, classes)
         moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
         if moving:
             self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
@@ -411,21 +418,10 @@ class Training:
                 self.recorder.folder.cut_back(0, evaluated=False)
             self.recorder.event("start", 0)
             return TrainState()
-        if saved.about.get("data", self.dataset.digest) != self.dataset.digest:
-            raise DataError(
-                f"{self.config.dataset} is not the data set that this run began with: an image, a label or a class has "
-                "changed; bring it back, or give another --output"
-            )
+        refuse_other_data(self.config.dataset, was=saved.about, asked=self.dataset.facts)
         counts: dict[str, Any] = dict(saved.state)
-        packed = Packed(saved.parts.get("optimizer", {}), counts.pop("optimizer"))
-        scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")
+        self.learner.restore(saved.parts, counts)
         state = TrainState(**counts)
-        self.network.load(saved.parts["network"])
-        unpack(self.optimizer, self.network.module, packed)
-        self.scaler.load_state_dict(scaler)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved.parts["ema"])
-            self.ema.n_averaged.fill_(ema_updates)
         if self.recorder.folder is not None:
             self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)
         self.recorder.event("resume", state.step)

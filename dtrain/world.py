@@ -4,7 +4,7 @@ Three kinds of talk, all over torch.distributed:
 - gradients, by DDP, on the default group (gloo or nccl);
 - agreement, one asynchronous int64 all-reduce a step on a gloo group of its own: posted in one step, read in the next;
 - what only rank 0 does (files), through `from_main`: its result or its error is everybody's.
-A collective that fails is explained through the store, where each process keeps how far it came.
+A collective that fails is explained through the store (witness.py), where each process keeps how far it came.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import queue
 import signal
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dtrain.errors import DtrainError, ProcessError
+from dtrain.witness import BEAT_SECONDS, Witness
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-BEAT_SECONDS = 1.0
 WATCHDOG_GRACE = timedelta(seconds=60)
 
 
@@ -72,44 +72,89 @@ class Clock(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def signals_as_before() -> Iterator[None]:
+    """Give the signals that stop a run back their handlers at the end, whatever was set inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class World:
     """This process among the others. With one process nothing is sent and no group exists."""
 
     def __init__(self, at: Place, timeout_seconds: float) -> None:
+        self._at = at
         self.rank, self.size, self.is_main = at.rank, at.size, at.is_main
         self.timeout_seconds = timeout_seconds
         self.stop_reason: str | None = None  # the signal this process was sent
         self._control: Any = None
         self._posted: Any = None
         self._pending = Ask()
-        self._beat: _Beat | None = None
-        self._store: Any = None
+        self._witness: Witness | None = None
+        self._default_store: Any = None
 
     # -- coming and going ------------------------------------------------------------------------------------------
 
-    def join(self, at: Place, backend: str) -> None:
-        """Meet the others: the default group, the gloo group for agreement, the store. Collective."""
-        import torch.distributed as dist
+    def meet(self) -> None:
+        """Find the store that all share, where from now on an error of one is known to all. Collective."""
+        if self.size == 1:
+            return
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+        from torch.distributed.rendezvous import rendezvous
 
-        if at.size > at.local_size:
+        if self.size > self._at.local_size:
             _choose_interface()
         timeout = timedelta(seconds=self.timeout_seconds)
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+        def stores() -> tuple[Any, Any]:
+            default, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=timeout))
+            # a client of its own: the default group's may be busy inside a collective when the beat wants to write
+            return default, TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+        try:
+            self._default_store, client = _within(self.timeout_seconds + BEAT_SECONDS, stores)
+        except (RuntimeError, ValueError) as error:
+            if "EADDRINUSE" in str(error):
+                raise ProcessError(
+                    f"port {port} of this host, where the processes are to meet, is in use; give torchrun another "
+                    "--master-port (or set another MASTER_PORT), or --standalone"
+                ) from None
+            raise ProcessError(
+                f"process {self.rank} of {self.size} could not meet the others at {host}:{port} within "
+                f"{self.timeout_seconds:g} s: {_first_line(error)}"
+            ) from None
+        first = self.rank - self._at.local_rank
+        neighbours = range(first, min(first + self._at.local_size, self.size))
+        store = PrefixStore("dtrain", client)
+        self._witness = Witness(store, self.rank, self.size, neighbours, self.timeout_seconds)
+        self._witness.all_at("met", timeout)  # who fails now has somebody to tell
+
+    def join(self, backend: str) -> None:
+        """Make the default group and the gloo group for agreement, once all have met and none has failed. Collective.
+
+        Raises the error of one that has.
+        """
+        if self._witness is None:
+            return
+        import torch.distributed as dist
+
+        timeout = timedelta(seconds=self.timeout_seconds)
+        self._witness.all_at("ready", timeout)
+        if (told := self._witness.failed()) is not None:
+            raise told
         # NCCL's watchdog ends a process that waits too long: later than gloo, whose error tells who fell silent
         patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
-        try:
-            dist.init_process_group(backend, timeout=patience)
-            self._control = dist.new_group(backend="gloo", timeout=timeout)
-            # a client of its own: the default group's may be busy inside a collective when the beat wants to write
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            client = TCPStore(host, port, is_master=False, timeout=timeout)
-            self._store = PrefixStore("dtrain", client)
-        except (RuntimeError, ValueError) as error:
-            raise ProcessError(
-                f"process {self.rank} of {self.size} could not meet the others at {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')} within {self.timeout_seconds:g} s: {_first_line(error)}"
-            ) from None
-        self._beat = _Beat(self._store, self.rank)
+        store = self._default_store
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=patience)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     def leave(self) -> None:
         """Part from the others in good order. Collective: call it on every rank, or on none after an error."""
@@ -119,8 +164,8 @@ class World:
 
         self._read_posted()
         dist.barrier(group=self._control)
-        if self._beat is not None:
-            self._beat.stop()
+        if self._witness is not None:
+            self._witness.beat.stop()
         dist.destroy_process_group()
         self._control = None
 
@@ -169,8 +214,8 @@ class World:
 
     def agreed(self, clock: Clock) -> Ask:
         """What was posted a step ago, by all; and post anew. Collective; waits for what is a step old."""
-        if self._beat is not None:
-            self._beat.count += 1
+        if self._witness is not None:
+            self._witness.beat.count += 1
         ask = self._read_posted()
         if not ask.stop:
             self.post(clock)
@@ -199,6 +244,17 @@ class World:
 
             dist.all_reduce(mine, group=self._control)
         return [int(value) for value in mine.tolist()]
+
+    def least(self, value: int) -> int:
+        """The least of all processes' values. Collective."""
+        if self._control is None:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        box = torch.tensor(value)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN, group=self._control)
+        return int(box.item())
 
     def from_main(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective."""
@@ -256,91 +312,16 @@ class World:
         again, so that all end with one reason and one exit code; if nobody told any, it waits two beats to see who
         still moves, and names who fell silent.
         """
-        if self._store is None:  # all of us meet the same error before we meet, unless we do not meet
+        if self._witness is None:  # all of us meet the same error before we meet, unless we do not meet
             told = not self.is_main and not isinstance(error, ProcessError)
             setattr(error, "told_elsewhere", told)  # noqa: B010 - read by __main__, which prints
             return error
         cause = error
         if _is_of_a_collective(error):
-            cause = self._told_by_another() or self._silent()
-        setattr(cause, "told_elsewhere", not self._tell(cause))  # noqa: B010
+            cause = self._witness.told_by_another() or self._witness.silent()
+        setattr(cause, "told_elsewhere", not self._witness.tell(cause))  # noqa: B010
+        self._witness.let_others_hear()
         return cause
-
-    def _tell(self, error: Exception) -> bool:
-        """Whether this process is the first to tell; if so, its error is left in the store for the others."""
-        try:
-            if int(self._store.add("told", 1)) != 1:
-                return False
-            code = error.exit_code if isinstance(error, DtrainError) else 1
-            self._store.set("error", f"{code} {type(error).__name__}: {error}")
-        except RuntimeError:  # the store is gone, with process 0
-            return not isinstance(error, DtrainError)
-        return True
-
-    def _told_by_another(self) -> DtrainError | None:
-        deadline = time.monotonic() + 2 * BEAT_SECONDS
-        try:
-            while not self._store.check(["error"]):
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(0.05)
-            code, _, line = self._store.get("error").decode().partition(" ")
-        except RuntimeError:
-            return None
-        error = ProcessError(line)
-        setattr(error, "exit_code", int(code))  # noqa: B010 - of this instance: the other's own
-        return error
-
-    def _silent(self) -> ProcessError:
-        """Who fell silent: of those that have not given up as well, who shows no sign of life, else all of them."""
-        try:
-            self._store.set(f"gave up/{self.rank}", "")
-            before = self._beats()
-            time.sleep(2.5 * BEAT_SECONDS)
-            after = self._beats()
-            waiting = [rank for rank in range(self.size) if not self._store.check([f"gave up/{rank}"])]
-        except RuntimeError:
-            return ProcessError("process 0, which keeps the store, went away; run the same command again to go on")
-        silent = [rank for rank in waiting if after[rank] == before[rank]] or waiting or range(self.size)
-        listed = ", ".join(f"{rank} (seen after {after[rank][0]} steps of this start)" for rank in silent[:8])
-        return ProcessError(
-            f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
-            "run the same command again to go on from the last checkpoint"
-        )
-
-    def _beats(self) -> list[tuple[int, int]]:
-        beats = []
-        for rank in range(self.size):
-            count, tick = self._store.get(f"beat/{rank}").decode().split()
-            beats.append((int(count), int(tick)))
-        return beats
-
-
-class _Beat:
-    """A thread that writes this process's progress to the store each second, so that a laggard can be named."""
-
-    def __init__(self, store: Any, rank: int) -> None:
-        self.count = 0
-        self._store, self._key, self._tick = store, f"beat/{rank}", 0
-        self._stopped = threading.Event()
-        self._write()
-        self._thread = threading.Thread(target=self._run, name="dtrain-beat", daemon=True)
-        self._thread.start()
-
-    def _write(self) -> None:
-        self._tick += 1
-        self._store.set(self._key, f"{self.count} {self._tick}")
-
-    def _run(self) -> None:
-        while not self._stopped.wait(BEAT_SECONDS):
-            try:
-                self._write()
-            except RuntimeError:  # the store's host is gone; the next collective will tell
-                return
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
 
 
 def _is_of_a_collective(error: Exception) -> bool:
@@ -348,6 +329,29 @@ def _is_of_a_collective(error: Exception) -> bool:
     text = str(error).lower()
     known = type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
     return isinstance(error, RuntimeError) and known
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """`work`, done in a thread of its own: torch waits for ever for a server that is no store and never answers.
+
+    Raises RuntimeError if it takes longer than `seconds`; the thread is then left to the end of the process.
+    """
+    results: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=run, name="dtrain-meet", daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError("who listens there does not answer as torch's store does") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _first_line(error: Exception) -> str:

@@ -77,3 +77,62 @@ def unused_parameter(num_classes: int) -> nn.Module:
 def other_weights_on_each_process(num_classes: int) -> nn.Module:
     torch.manual_seed(os.getpid())
     return small(num_classes)
+
+
+class _Bright(nn.Module):
+    """Has no number for an image whose mean, normalised, is above `limit`, nor, with batch norm, for its neighbours."""
+
+    def __init__(self, num_classes: int, limit: float, alone: bool) -> None:
+        super().__init__()
+        self.network = small(num_classes)
+        self.limit, self.alone = limit, alone
+
+    def forward(self, images: Tensor) -> Tensor:
+        bright = images.mean((1, 2, 3)) > (self.limit if self.training else torch.inf)
+        if self.alone:
+            return self.network(images) * torch.where(bright[:, None], torch.nan, 1.0)  # type: ignore[no-any-return]
+        output: Tensor = self.network(images.masked_fill(bright[:, None, None, None], torch.inf))
+        return output
+
+
+def bright(num_classes: int, *, limit: float = 0.3, alone: bool = False) -> nn.Module:
+    return _Bright(num_classes, limit, alone)
+
+
+class _Hungry(_Faulty):
+    def fault(self) -> None:
+        torch.empty(1 << 50)
+
+
+class _Counts(nn.Module):
+    """Keeps a buffer out of its state dict; `goes_on`: and changes it in each pass, not only in the first."""
+
+    def __init__(self, num_classes: int, goes_on: bool) -> None:
+        super().__init__()
+        self.network = small(num_classes)
+        self.goes_on = goes_on
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and (self.goes_on or not self.seen):
+            self.seen += 1
+        output: Tensor = self.network(images) * self.seen.clamp(1, 2)
+        return output
+
+
+def hungry(num_classes: int) -> nn.Module:
+    return _Hungry(num_classes)
+
+
+def counts(num_classes: int, *, goes_on: bool = True) -> nn.Module:
+    return _Counts(num_classes, goes_on)
+
+
+def large_images_only(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 5), nn.MaxPool2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def slow_to_build(num_classes: int) -> nn.Module:
+    print("building", flush=True)
+    time.sleep(60)
+    return small(num_classes)

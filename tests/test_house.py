@@ -27,6 +27,7 @@ STOREYS = (
     ("dtrain.training",),
     ("dtrain.data", "dtrain.model", "dtrain.run"),
     ("dtrain.runtime", "dtrain.world", "dtrain.plan"),
+    ("dtrain.witness",),
     ("dtrain.config",),
     ("dtrain.plugins", "dtrain.schedules"),
     ("dtrain.keyed", "dtrain.files"),
@@ -52,7 +53,7 @@ INSIDE = (
     (
         ("dtrain.model.evaluation", "dtrain.model.rehearsal"),
         ("dtrain.model.step",),
-        ("dtrain.model.metrics",),
+        ("dtrain.model.metrics", "dtrain.model.nonfinite"),
     ),
 )
 DOORS = {

@@ -24,12 +24,18 @@ OPTIMIZERS = [
 
 
 def runs(
-    folder: Path, cache: Path, optimizer: str, fused: bool, todo: Sequence[tuple[str, int | None]], ports: Sequence[int]
+    folder: Path,
+    cache: Path,
+    optimizer: str,
+    fused: bool,
+    more: dict[str, Any],
+    todo: Sequence[tuple[str, int | None]],
+    ports: Sequence[int],
 ) -> dict[str, dict[str, str]]:
     """One rank of some short runs, one after the other: (name of the directory, step to stop after).
 
-    On a network with batch norm and dropout, with accumulation 2, EMA, channels-last. Returns the digests of those
-    that came to their end.
+    On a network with batch norm and dropout, with accumulation 2, EMA, channels-last. more: other settings. Returns
+    the digests of those that came to their end.
     """
     from dtrain.commands.prove import digests
     from dtrain.config import TrainConfig
@@ -40,7 +46,7 @@ def runs(
     ended = {}
     for (name, stop_after), port in zip(todo, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)  # each run has a store of its own
-        config = TrainConfig.of(
+        settings: dict[str, Any] = dict(
             arch=f"{Path(__file__).with_name('small_network.py')}:small",
             dataset="digits",
             recipe="none",
@@ -66,7 +72,7 @@ def runs(
             output=folder / name,
         )
         try:
-            train(config, stop_after=stop_after)
+            train(TrainConfig.of(**{**settings, **more}), stop_after=stop_after)
         except Stopped as stopped:
             assert f"at step {stop_after} " in str(stopped)
             continue
@@ -79,9 +85,11 @@ def runs(
 class Runs:
     """Short runs of one optimizer in `world` fresh processes, started by `go`."""
 
-    def __init__(self, ranks: Warm, folder: Path, cache: Path, optimizer: str, fused: bool) -> None:
+    def __init__(
+        self, ranks: Warm, folder: Path, cache: Path, optimizer: str, fused: bool, more: dict[str, Any] | None = None
+    ) -> None:
         self._ranks, self._folder = ranks, folder
-        self._about = {"folder": folder, "cache": cache, "optimizer": optimizer, "fused": fused}
+        self._about = {"folder": folder, "cache": cache, "optimizer": optimizer, "fused": fused, "more": more or {}}
 
     def go(self, world: int, todo: Sequence[tuple[str, int | None]]) -> dict[str, dict[str, str]]:
         kwargs = {**self._about, "todo": list(todo), "ports": [free_port() for _ in todo]}

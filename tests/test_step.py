@@ -17,7 +17,7 @@ from warm import Warm
 
 from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
-from dtrain.model.metrics import LOSS_UNIT, Sums, no_sums, sums_of
+from dtrain.model.metrics import LOSS_UNIT, Sums, Tally, no_sums, sums_of
 from dtrain.model.network import Network, average_of
 from dtrain.model.optimization import build_optimizer, pack, unpack
 from dtrain.model.step import StepOptions, eval_step, loss_of, seed_step, train_step
@@ -51,7 +51,7 @@ def stepped(
     network = Network(module, module, dtype, CPU)
     optimizer = torch.optim.SGD(module.parameters(), lr=lr)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return module, train_step(network, optimizer, scaler, ema, batch(), options)
+    return module, train_step(network, optimizer, scaler, ema, batch(), options).sums
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
@@ -263,7 +263,8 @@ def shares() -> dict[str, Any]:
     at = place()
     world = World(at, 30)
     if at.size > 1:
-        world.join(at, "gloo")
+        world.meet()
+        world.join("gloo")
     config = TrainConfig(arch="x", amp_dtype="float32")
     machine = runtime.decide(config, local_rank=0, local_world=1)
     network = wrap(plain(), config, machine, world, moving_buffers=False)
@@ -281,14 +282,15 @@ def shares() -> dict[str, Any]:
     mine = Batch(whole.images[share], whole.labels[share], whole.indices[share], whole.checksum)
     optimizer = torch.optim.SGD(network.module.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    sums = train_step(network, optimizer, scaler, None, mine, StepOptions(24 // at.size // 4, 0.0, None))
+    sums = train_step(network, optimizer, scaler, None, mine, StepOptions(24 // at.size // 4, 0.0, None)).sums
     weights = torch.cat([p.detach().flatten() for p in network.module.parameters()])
     world.leave()
     return {"weights": weights.tolist(), "sums": sums.tolist(), "reduces": reduces}
 
 
 @pytest.mark.gpu
-def test_a_step_on_cuda_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_on_cuda_does_not_wait_for_the_device(skip: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     module = plain().cuda().to(memory_format=torch.channels_last)
@@ -297,10 +299,11 @@ def test_a_step_on_cuda_does_not_wait_for_the_device() -> None:
     cpu = batch()
     there = Batch(cpu.images.cuda(), cpu.labels.cuda(), cpu.indices, cpu.checksum.cuda())
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    train_step(network, optimizer, scaler, None, there, StepOptions(24, 0.1, 5.0))
+    tally, options = Tally(torch.device("cuda"), 24), StepOptions(24, 0.1, 5.0, skip_nonfinite=skip)
+    tally += train_step(network, optimizer, scaler, None, there, options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(network, optimizer, scaler, None, there, StepOptions(24, 0.1, 5.0))
+        tally += train_step(network, optimizer, scaler, None, there, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

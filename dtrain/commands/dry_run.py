@@ -9,7 +9,7 @@ from dtrain.config import TrainConfig
 from dtrain.data.dataset import load_dataset
 from dtrain.model.network import build_module
 from dtrain.model.optimization import build_optimizer
-from dtrain.model.rehearsal import first_output, noise
+from dtrain.model.rehearsal import first_output, noise, smallest_size_told
 from dtrain.plan import make_plan
 from dtrain.run.console import Console
 from dtrain.world import place
@@ -24,9 +24,13 @@ def dry_run(config: TrainConfig) -> None:
     dataset = console.converting(load_dataset(config))
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=at.size)
     size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)
-    module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
-    images = noise(config.seed, (2, channels, size, size), torch.float32)
-    first_output(module, images, config.arch, classes)
+
+    def build(pixels: int) -> torch.nn.Module:
+        return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
+
+    with smallest_size_told(build, channels, size):
+        module = build(size)
+        first_output(module, noise(config.seed, (2, channels, size, size), torch.float32), config.arch, classes)
     optimizer = build_optimizer(config, module)
     parameters = sum(p.numel() for p in module.parameters())
     decayed = sum(p.numel() for p in module.parameters() if p.ndim >= 2)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dtrain.errors import UsageError
+from dtrain.errors import ProcessError, UsageError
 from dtrain.world import place
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 CODE_FILE = "DTRAIN_EXIT_CODE_FILE"  # where the process that tells an error leaves its exit code
 
@@ -27,6 +32,17 @@ def without_nproc(arguments: Sequence[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
+
+
+def _ended(error: ChildFailedError) -> str:
+    """Which process ended first, and how: it left no line of its own."""
+    rank, failure = error.get_first_failure()
+    how, why = f"exit code {failure.exitcode}", "what it said stands above"
+    if failure.exitcode < 0:
+        how = signal.Signals(-failure.exitcode).name
+    if failure.exitcode == -signal.SIGKILL:
+        why = "if nobody killed it, memory ran out: try a smaller --batch-size or more --grad-accum-steps"
+    return f"process {rank} ended with {how}; {why}; run the same command again to go on from the last checkpoint"
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
@@ -60,7 +76,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             if file.exists():
                 return int(file.read_text(encoding="ascii"))
             if isinstance(error, ChildFailedError):
-                return 4
+                raise ProcessError(_ended(error)) from None
             return 130
         finally:
             del os.environ[CODE_FILE]

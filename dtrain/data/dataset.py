@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,17 @@ class DataSet:
     def std(self) -> tuple[float, ...]:
         """Likewise, the standard deviation."""
         return self.train.std if self.channels == 3 else (self.train.gray_std,)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON's types: what a resume must find again, and `load_network` needs."""
+        return {
+            "class_names": list(self.train.class_names),
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "train_size": len(self.train_samples),
+            "data": self.digest,
+        }
 
     def train_loader(
         self, config: TrainConfig, plan: Plan, rank: int, dtype: torch.dtype, device: torch.device

@@ -1,6 +1,11 @@
 """Sums of a batch that add up to the same bits however a run is cut: int64 counts, and losses in units of 2^-20.
 
 Legend: N images, K classes. A float sum over ranks and intervals differs with every way of cutting it; integers do not.
+
+sums_of   one batch -> int64 [7]
+Outcome   one training step: its sums, its losses, whether its update was skipped
+Tally     the outcomes since they were last read, and which of them was the first to go wrong
+Sums      the same on the host, over all processes
 """
 
 from __future__ import annotations
@@ -11,12 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.world import World
+
 LOSS_UNIT = 2.0**-20  # a loss of 2.3 is 2,411,724 units; 2^63 of them are 8.8e12 images at loss 1
-FIELDS = 6  # images, hits, hits among the first five, loss units, non-finite losses, checksum
+FIELDS = 7  # images, hits, hits among the first five, loss units, non-finite losses, skipped images, checksum
+IMAGES, SKIPPED, CHECKSUM = 0, 5, 6
+NEVER = 2**62
 
 
 def no_sums(device: torch.device) -> Tensor:
-    """The sums of no image: int64 [6] of zeros on `device`."""
+    """The sums of no image: int64 [7] of zeros on `device`."""
     return torch.zeros(FIELDS, dtype=torch.int64, device=device)
 
 
@@ -25,9 +34,9 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) 
 
     losses_N: (N,) float32; logits_NK: (N, K) any float type; labels: (N,) int64 in [0, K), or shares of the classes,
     (N, K) float32, of which the largest counts as right (at a tie each of them), and without `top5`.
-    Returns (6,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
-    the count of losses that are not finite, which add nothing to the sum, and 0 in the place of the batch's checksum.
-    For K < 5 top-5 is top-K. No host sync.
+    Returns (7,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
+    the count of losses that are not finite, which add nothing to the sum, and 0 in the places of the images whose
+    update was skipped and of the batch's checksum. For K < 5 top-5 is top-K. No host sync.
     """
     finite_N = losses_N.isfinite()
     units = (torch.where(finite_N, losses_N, 0.0) / LOSS_UNIT).round().to(torch.int64).sum()
@@ -40,7 +49,69 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) 
         best_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), dim=1).indices
         hits5 = (best_N5 == labels[:, None]).sum()
     images = torch.full_like(hits, labels.shape[0])
-    return torch.stack((images, hits, hits5, units, (~finite_N).sum(), torch.zeros_like(hits)))
+    none = torch.zeros_like(hits)
+    return torch.stack((images, hits, hits5, units, (~finite_N).sum(), none, none))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to on this process, on its device: sums int64 [7], losses float32 [N], skipped bool []."""
+
+    sums: Tensor
+    losses: Tensor
+    skipped: Tensor
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first step that went wrong: how many steps ago it was, and the positions in its global batch that did."""
+
+    steps_ago: int
+    positions: list[int]
+
+
+class Tally:
+    """The outcomes of this process's steps since they were last read. Adding one is a few tiny device operations.
+
+    streak: updates skipped in a row up to now, int64 [], which a read leaves alone; longest: the most so far.
+    """
+
+    def __init__(self, device: torch.device, share: int, streak: int = 0) -> None:
+        self.sums = no_sums(device)
+        self.streak = torch.tensor(streak, device=device)
+        self.longest = self.streak.clone()
+        self._steps = 0
+        self._first = torch.tensor(NEVER, device=device)  # of these steps, the first with a fault
+        self._faulty_N = torch.zeros(share, dtype=torch.bool, device=device)  # in that step
+
+    def __iadd__(self, outcome: Outcome) -> Tally:
+        self.sums += outcome.sums
+        self.streak = torch.where(outcome.skipped, self.streak + 1, 0)
+        self.longest = torch.maximum(self.longest, self.streak)
+        faulty_N = ~outcome.losses.isfinite()
+        is_first = (faulty_N.any() | outcome.skipped) & (self._first == NEVER)
+        self._first = torch.where(is_first, self._steps, self._first)
+        self._faulty_N = torch.where(is_first, faulty_N, self._faulty_N)
+        self._steps += 1
+        return self
+
+    def first_fault(self, world: World) -> Fault:
+        """The first fault on any process since the last read; call it where there was one. Collective, a host sync."""
+        mine = int(self._first)
+        first = world.least(mine)
+        share = len(self._faulty_N)
+        marks = torch.zeros(share * world.size, dtype=torch.int64)
+        if mine == first:
+            marks[world.rank * share : (world.rank + 1) * share] = self._faulty_N.cpu()
+        positions = [position for position, faulty in enumerate(world.total(marks)) if faulty]
+        return Fault(self._steps - 1 - first, positions)
+
+    def begin_anew(self) -> None:
+        """Forget what has been read."""
+        self.sums.zero_()
+        self.longest = self.streak.clone()
+        self._first.fill_(NEVER)
+        self._steps = 0
 
 
 @dataclass(frozen=True)
@@ -52,11 +123,12 @@ class Sums:
     hits5: int
     loss_units: int
     nonfinite: int
+    skipped_images: int
     checksum: int
 
     @classmethod
     def of(cls, values: Sequence[int]) -> Sums:
-        """From the six integers of `sums_of`, summed over all processes."""
+        """From the seven integers of `sums_of`, summed over all processes."""
         return cls(*values)
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -57,14 +57,19 @@ class Network:
         self.module.load_state_dict(dict(tensors))
 
 
+def chosen_architecture(config: TrainConfig) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
+    """The plugin that `config` names, its function, and its options. Raises PluginError, UsageError for an option."""
+    plugin = plugins.find("architecture", config.arch)
+    function = plugins.load(plugin)
+    return plugin, function, plugins.parse_options(function, config.arch_opt, what=f"architecture {config.arch}")
+
+
 def build_module(config: TrainConfig, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """The architecture's module with the weights that (seed, INIT) gives on every process. On the CPU, contiguous.
 
     Raises PluginError for anything the plugin raises, UsageError for options it does not take.
     """
-    plugin = plugins.find("architecture", config.arch)
-    function = plugins.load(plugin)
-    options = plugins.parse_options(function, config.arch_opt, what=f"architecture {config.arch}")
+    plugin, function, options = chosen_architecture(config)
     offered = {"in_channels": in_channels, "image_size": image_size}
     passed = {name: value for name, value in offered.items() if plugins.accepts(function, name)}
     torch.manual_seed(torch_seed(config.seed, Stream.INIT))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,10 @@ from dtrain.errors import PluginError, StorageError, UsageError
 MACHINE_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
-def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The plugin's optimizer over two groups: what has two dimensions or more decays, biases and norms do not.
+def chosen_optimizer(config: TrainConfig) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
+    """The plugin that `config` names, its function, and the options to call it with.
 
-    Afterwards each group's `initial_lr` is the rate that the schedule's factor multiplies.
-    Raises UsageError where a flag given by hand is one that this optimizer has no use for.
+    Raises PluginError, and UsageError for an option, or a flag given by hand, that it has no use for.
     """
     plugin = plugins.find("optimizer", config.opt)
     function = plugins.load(plugin)
@@ -34,6 +33,16 @@ def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optim
             options.setdefault(name, value)
         elif not config.origin(name).startswith("recipe"):
             raise UsageError(f"{flag_of(name)}: optimizer {config.opt} has no use for it; leave it out")
+    return plugin, function, options
+
+
+def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The plugin's optimizer over two groups: what has two dimensions or more decays, biases and norms do not.
+
+    Afterwards each group's `initial_lr` is the rate that the schedule's factor multiplies.
+    Raises what `chosen_optimizer` raises.
+    """
+    plugin, function, options = chosen_optimizer(config)
     parameters = [p for p in module.parameters() if p.requires_grad]
     decay = options.get("weight_decay", plugins.default_of(function, "weight_decay"))
     groups: list[dict[str, Any]] = [

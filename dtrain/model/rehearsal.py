@@ -6,8 +6,9 @@ sums. Without a rehearsal a resume on 3 or 4 processes has other bits than the r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from dtrain.errors import PluginError
 from dtrain.keyed import Stream, key, torch_seed
 from dtrain.model.network import Network
 from dtrain.model.step import loss_of
+from dtrain.runtime import is_out_of_memory
 from dtrain.world import World
+
+LARGEST = 1024  # pixels: the largest square that is tried for a network that a smaller one does not fit
 
 
 def noise(seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
@@ -51,13 +55,18 @@ def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bo
 
 
 def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes: int) -> None:
-    """Raise PluginError unless one training-mode pass gives [N, num_classes] logits. Buffers are left as they were."""
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    """Raise PluginError unless one training-mode pass gives [N, num_classes] logits.
+
+    Buffers that a checkpoint keeps are left as they were; others may be caches that the network knows to be filled.
+    """
+    saved = {name: value.clone() for name, value in _saved_buffers(module).items()}
     size = f"{images_NCHW.shape[1]} x {images_NCHW.shape[2]} x {images_NCHW.shape[3]}"
     try:
         with torch.no_grad():
             output = module(images_NCHW)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise PluginError(f"architecture {arch} fails on {size} images: {type(error).__name__}: {error}") from error
     logits = output[0] if isinstance(output, tuple) and output else output
     wanted = (images_NCHW.shape[0], num_classes)
@@ -65,20 +74,71 @@ def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise PluginError(f"architecture {arch} must return logits of shape {wanted} for {size} images, found {found}")
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
+        for name, buffer in _saved_buffers(module).items():
             buffer.copy_(saved[name])
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
+
+
+def _unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if name not in state}
+
+
+@contextlib.contextmanager
+def smallest_size_told(build: Callable[[int], nn.Module], channels: int, size: int) -> Iterator[None]:
+    """Add to a PluginError raised inside the smallest square size that works, where too small images are the cause.
+
+    build: the module for a size. Shapes alone are computed (torch's meta device): some milliseconds a try.
+    """
+    try:
+        yield
+    except PluginError as error:
+        if (smallest := _smallest_size(build, channels, size)) is None:
+            raise
+        raise PluginError(
+            f"{error}; the smallest square images that work are {smallest} x {smallest}: give larger ones"
+        ) from error
+
+
+def _smallest_size(build: Callable[[int], nn.Module], channels: int, size: int) -> int | None:
+    def works(pixels: int) -> bool:
+        try:
+            with torch.device("meta"), torch.no_grad():
+                build(pixels)(torch.empty(2, channels, pixels, pixels))
+        except Exception:
+            return False
+        return True
+
+    if works(size):  # then shapes are not what is wrong
+        return None
+    fails, fits = size, 2 * size
+    while not works(fits):
+        fails, fits = fits, 2 * fits
+        if fits > LARGEST:
+            return None
+    while fits - fails > 1:
+        middle = (fails + fits) // 2
+        fails, fits = (fails, middle) if works(middle) else (middle, fits)
+    return fits
 
 
 def rehearse(network: Network, images_NCHW: Tensor, arch: str, num_classes: int, world: World) -> None:
     """Two forward and backward passes through the wrapped network; weights and buffers end as they began.
 
     images_NCHW: this process's, of the real image size. Raises PluginError for a parameter without gradient (which
-    would hang DDP) and a state dict that does not come back. Collective.
+    would hang DDP), a state dict that does not come back, and a buffer that training moves but no checkpoint keeps.
+    Collective.
     """
     before = {name: value.detach().clone() for name, value in network.tensors().items()}
     labels_N = torch.arange(images_NCHW.shape[0], device=network.device) % num_classes
     unused = [] if world.size == 1 else _without_gradient(network, network.module, images_NCHW, labels_N)
+    unsaved: dict[str, Tensor] = {}
     for _ in range(0 if unused else 2):
+        unsaved = _unsaved_buffers(network.module)  # as the first pass left them: a cache it fills is filled for good
         network.module.zero_grad(set_to_none=True)
         unused = _without_gradient(network, network.trained, images_NCHW, labels_N)
     if unused:
@@ -86,6 +146,12 @@ def rehearse(network: Network, images_NCHW: Tensor, arch: str, num_classes: int,
             f"architecture {arch}: parameter {unused[0]} gets no gradient ({len(unused)} in all), so it would never "
             "train; use it in forward, or set requires_grad=False"
         )
+    for name, buffer in _unsaved_buffers(network.module).items():
+        if name in unsaved and not torch.equal(buffer, unsaved[name]):
+            raise PluginError(
+                f"architecture {arch}: training changes the buffer {name}, which is registered with persistent=False "
+                "and so in no checkpoint: no resume would be exact; register it without that"
+            )
     network.module.zero_grad(set_to_none=True)
     try:
         network.load(before)

@@ -17,19 +17,24 @@ from torch.optim.swa_utils import AveragedModel
 
 from dtrain.data.loader import Batch
 from dtrain.keyed import Stream, torch_seed
-from dtrain.model.metrics import sums_of
+from dtrain.model.metrics import CHECKSUM, IMAGES, SKIPPED, Outcome, sums_of
 from dtrain.model.network import Network
+from dtrain.model.nonfinite import Before, gradients_not_finite, poisoned, state_tensors
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss: Szegedy et al. 2015, "Going deeper with convolutions", section 5
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is computed: images of a micro-batch, label smoothing in [0, 1), largest gradient norm."""
+    """How a step is computed: images of a micro-batch, label smoothing in [0, 1), largest gradient norm.
+
+    skip_nonfinite: leave out an update whose loss or gradient is not finite on any process.
+    """
 
     micro_batch: int
     smoothing: float
     clip_grad: float | None
+    skip_nonfinite: bool = False
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -63,38 +68,118 @@ def train_step(
     ema: AveragedModel | None,
     batch: Batch,
     options: StepOptions,
-) -> Tensor:
+) -> Outcome:
     """One update from this process's share of a batch, in micro-batches; then the EMA.
 
-    Returns the sums of the share with its checksum, int64 [6] on the device (metrics.sums_of). Collective: gradients
-    are averaged over processes in the last micro-batch's backward pass, and unscaled before they are clipped.
+    Collective: gradients are averaged over processes in the last micro-batch's backward pass, and unscaled before they
+    are clipped. No host sync.
     """
     optimizer.zero_grad(set_to_none=True)
+    buffers = Before(network.module.buffers() if options.skip_nonfinite else ())  # which the forward pass may move
+    sums, losses_N = backward(network, scaler, batch, options)
+    skipped = update(network, optimizer, scaler, ema, options, buffers)
+    sums[SKIPPED] = torch.where(skipped, sums[IMAGES], 0)
+    return Outcome(sums, losses_N, skipped)
+
+
+def backward(
+    network: Network, scaler: torch.amp.GradScaler, batch: Batch, options: StepOptions, *, shares: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Add the (scaled) gradient of a share of a batch to what is there, divided by `shares`.
+
+    Returns the share's sums with its checksum, int64 [7], and its losses, float32 [N], both on the device.
+    """
     images, labels = torch.split(batch.images, options.micro_batch), torch.split(batch.labels, options.micro_batch)
-    sums = []
+    sums, losses = [], []
     for part, (images_NCHW, targets) in enumerate(zip(images, labels, strict=True), start=1):
         travels = contextlib.nullcontext() if part == len(images) else network.keep_gradients_local()
         with travels:
             with network.autocast():
                 output = network.trained(images_NCHW)
             losses_N, logits_NK = loss_of(output, targets, options.smoothing)
-            torch.autograd.backward(scaler.scale(losses_N.mean() / len(images)))
+            loss = losses_N.mean() / (len(images) * shares)
+            if options.skip_nonfinite:
+                loss = poisoned(loss, losses_N)
+            torch.autograd.backward(scaler.scale(loss))
+        losses.append(losses_N.detach())
         sums.append(sums_of(losses_N.detach(), logits_NK.detach(), targets, top5=False))
-    if options.clip_grad is not None:
+    total = torch.stack(sums).sum(0)
+    total[CHECKSUM] += batch.checksum
+    return total, torch.cat(losses)
+
+
+def update(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: AveragedModel | None,
+    options: StepOptions,
+    buffers: Before,
+) -> Tensor:
+    """Apply the gradient, then the EMA. Returns whether it was left out, bool [] on the device.
+
+    With `skip_nonfinite`, where a gradient is not finite, nothing changes but a scaler's scale, and `buffers` are put
+    back. Raises UsageError where that cannot be done without waiting for the device.
+    """
+    if not options.skip_nonfinite:
+        _apply(network, optimizer, scaler, ema, options.clip_grad)
+        return torch.zeros((), dtype=torch.bool, device=network.device)
+    skipped = gradients_not_finite(network.module)
+    if network.device.type == "cpu" and not scaler.is_enabled():  # to read here is not to wait
+        if not skipped:
+            _apply(network, optimizer, scaler, ema, options.clip_grad)
+    else:
+        apply_unless(skipped, network, optimizer, scaler, ema, options.clip_grad)
+    buffers.put_back(skipped)
+    return skipped
+
+
+def apply_unless(
+    skipped: Tensor,
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: AveragedModel | None,
+    clip_grad: float | None,
+) -> None:
+    """Apply the gradient and put all back where `skipped`, a bool [] on the device, which is not read.
+
+    But for a run's first update: what the optimizer has only just made cannot be put back, it has to go again. The
+    EMA's own count goes on, of which only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
+    """
+    averages = [*ema.module.parameters(), *ema.module.buffers()] if ema is not None else []
+    weights, states = list(network.module.parameters()), state_tensors(optimizer, network.device)
+    before, known = Before([*weights, *states, *averages]), set(optimizer.state)
+    first_average = ema is not None and not ema.n_averaged
+    _apply(network, optimizer, scaler, ema, clip_grad)
+    before.put_back(skipped)
+    state_tensors(optimizer, network.device)  # refuses what the first update put on the host
+    if (len(optimizer.state) > len(known) or first_average) and skipped:
+        for parameter in set(optimizer.state) - known:
+            del optimizer.state[parameter]
+        if ema is not None and first_average:
+            ema.n_averaged.zero_()
+
+
+def _apply(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: AveragedModel | None,
+    clip_grad: float | None,
+) -> None:
+    if clip_grad is not None:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.module.parameters(), options.clip_grad)
+        torch.nn.utils.clip_grad_norm_(network.module.parameters(), clip_grad)
     scaler.step(optimizer)
     scaler.update()
     if ema is not None:
         ema.update_parameters(network.module)
-    total = torch.stack(sums).sum(0)
-    total[-1] += batch.checksum
-    return total
 
 
 @torch.no_grad()
 def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode, int64 [6].
+    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode, int64 [7].
 
     And for each image whether its class came first, bool [N]. No collective, no host sync.
     """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CELL = 30  # characters of a table's cell: three of them and a name fit on a line
 
 
 class Console:
@@ -99,6 +100,16 @@ class Console:
         self.line(f"\n{title}")
         for name, value in rows:
             self.line(f"  {name:<{width}}  {value}")
+
+
+def three_ways(rows: Iterable[tuple[str, Any, Any, Any]]) -> str:
+    """What a resume would change, as a table: a name, what it was, what is asked, what is used. None is shown as -."""
+    texts = [[name, *("-" if v is None else str(v) for v in values)] for name, *values in rows]
+    cells = [["setting", "was", "asked", "used"], *texts]
+    cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cut)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def counted(hits: int, images: int) -> str:

@@ -11,15 +11,19 @@ from typing import Any
 
 from dtrain import plugins
 from dtrain.config import TrainConfig, read_config
-from dtrain.errors import DtrainError, StorageError, UsageError
-from dtrain.run.console import Console
+from dtrain.errors import DataError, DtrainError, StorageError, UsageError
+from dtrain.run.console import Console, three_ways
 from dtrain.run.rundir import CONFIG, Record, Row, RunDir, environment, open_run, read_record, read_rows, versions
 from dtrain.run.tracking import Tracking
+
+WHERE = ("output", "name", "resume", "recipe")  # how the run was found, and no part of it
+HELD_ROWS = 10_000  # some megabytes: rows that wait for a disk with room
 
 
 class Recorder:
     """The run directory, its record, and who follows it. Without a directory (every rank but 0) no method does a thing.
 
+    A row that the disk refuses is held, and written, in order, with the next that it takes; `flush` insists.
     track: names of trackers, checked.
     """
 
@@ -28,6 +32,7 @@ class Recorder:
         self.folder = folder
         self.record = record
         self._tracking = Tracking(path, track)
+        self._held: list[Row] = []
 
     def update(self, **changed: Any) -> None:
         """Change run.json."""
@@ -36,10 +41,26 @@ class Recorder:
             self.folder.write_record(self.record)
 
     def row(self, row: Row) -> None:
-        """Add a row to metrics.jsonl."""
+        """Add a row to metrics.jsonl. Raises StorageError once more than HELD_ROWS are held."""
+        if self.folder is None:
+            return
+        self._held.append(row)
+        try:
+            self._write_held()
+        except StorageError:
+            if len(self._held) > HELD_ROWS:
+                raise
+
+    def _write_held(self) -> None:
+        while self._held and self.folder is not None:
+            self.folder.append(self._held[0])
+            self._tracking.row(self._held.pop(0))
+
+    def flush(self) -> None:
+        """Write what is held and make all rows survive a power cut: due before a checkpoint. Raises StorageError."""
         if self.folder is not None:
-            self.folder.append(row)
-            self._tracking.row(row)
+            self._write_held()
+            self.folder.sync()
 
     def event(self, name: str, step: int, **facts: Any) -> None:
         """Add an event row: start, resume, save, stop, finish."""
@@ -121,8 +142,34 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
 
 
 def _refuse_other_settings(path: Path, config: TrainConfig) -> None:
-    was, asked = TrainConfig.stored(read_config(path / CONFIG)).results(), config.results()
-    names = sorted(name for name in {*was, *asked} if was.get(name) != asked.get(name))
-    if names:
-        told = "; ".join(f"{name}: was {was.get(name)}, asked {asked.get(name)}" for name in names)
-        raise UsageError(f"{path} holds a run with other settings ({told}); give another --output")
+    before = TrainConfig.stored(read_config(path / CONFIG))
+    was, asked, results = before.settings(), config.settings(), before.results().keys() | config.results().keys()
+    differing = [name for name in {**was, **asked} if was.get(name) != asked.get(name) and name not in WHERE]
+    if refused := [name for name in differing if name in results]:
+        told = "; ".join(f"{name}: was {was.get(name)}, asked {asked.get(name)}" for name in refused[:3])
+        told += f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        error = UsageError(f"{path} holds a run with other settings ({told}); give another --output")
+        error.table = three_ways(
+            (name, was.get(name), asked.get(name), "refused" if name in refused else asked.get(name))
+            for name in differing
+        )
+        raise error
+
+
+def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise DataError, with a table, unless the data set is the one that the run began with.
+
+    was, asked: class_names, channels, image_size, train_size and digest (`data`), of the checkpoint and of now.
+    """
+    if all(was.get(name) == value for name, value in asked.items()):
+        return
+    error = DataError(
+        f"{dataset} is not the data set that this run began with: an image, a label or a class has changed; bring it "
+        "back, or give another --output"
+    )
+    names = [set(facts["class_names"]) for facts in (was, asked)]
+    alone = [", ".join([str(len(some)), *sorted(some - other)]) for some, other in (names, names[::-1])]
+    differing = [name for name in asked if name != "class_names" and was.get(name) != asked[name]]
+    figures = [(name, was.get(name), asked[name], "refused") for name in differing]
+    error.table = three_ways([("classes", alone[0], alone[1], "refused"), *figures])
+    raise error

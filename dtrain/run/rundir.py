@@ -195,7 +195,7 @@ def read_record(run: Path) -> Record | None:
         record = Record(**json.loads(path.read_bytes()))
         if record.status not in get_args(Status) or type(record.step) is not int:
             raise ValueError(record.status)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error

@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.config import TrainConfig, parse_seconds
+from dtrain.plan import Plan
+from dtrain.world import Ask
+
 KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", for data, is a part of "train"
 
 
@@ -18,6 +22,7 @@ class TrainState:
     step: int = 0  # updates done
     samples: int = 0  # images seen by all processes together
     tally: list[int] | None = None  # sums of the open log interval over all processes; None: it has just begun
+    streak: int = 0  # updates skipped in a row, up to the last (--on-nonfinite skip)
     best: dict[str, Any] | None = None  # step, split, weights and counts of the best evaluation so far
     eval_due: bool = False  # an evaluation was left for a stop; the resume does it first
     reached: bool = False  # --stop-at-accuracy was met
@@ -72,3 +77,28 @@ class Stopwatch:
         finally:
             self._seconds[kind] += time.monotonic() - started
             self._go_on()
+
+
+class RunClock:
+    """Rank 0's wishes that depend on time."""
+
+    def __init__(self, config: TrainConfig, plan: Plan) -> None:
+        self._save_seconds = plan.save_every.seconds
+        self._limit = parse_seconds(config.max_time, "--max-time") if config.max_time else None
+        self._started = self._saved = time.monotonic()
+        self.reason = ""
+
+    def saved(self) -> None:
+        """A checkpoint has just been written."""
+        self._saved = time.monotonic()
+
+    def ask(self) -> Ask:
+        """What is due; asked one step before it is acted on."""
+        now = time.monotonic()
+        save = self._save_seconds is not None and now - self._saved >= self._save_seconds
+        if save:
+            self._saved = now  # asked for once: it is acted on a step later, when the next wish has been posted
+        stop = self._limit is not None and now - self._started >= self._limit
+        if stop:
+            self.reason = "--max-time"
+        return Ask(save=save, stop=stop)

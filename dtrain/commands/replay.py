@@ -1,0 +1,228 @@
+"""`dtrain replay RUN --step K`: one step of a run, rebuilt and looked at alone.
+
+The step that rows and the console call K is computed again, in one process, from the newest checkpoint before it: the
+run's samples, augmentation and dropout, share by share as its processes had them. Nothing is written into the run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dtrain import runtime
+from dtrain.commands.contact_sheet import Tile, contact_sheet
+from dtrain.config import TrainConfig
+from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.loader import Batch, Loader
+from dtrain.errors import StorageError, UsageError
+from dtrain.model.learner import Learner, learner_of
+from dtrain.model.network import build_module, wrap
+from dtrain.model.nonfinite import Before
+from dtrain.model.optimization import set_lr
+from dtrain.model.step import StepOptions, backward, seed_step, update
+from dtrain.plan import Plan, make_plan
+from dtrain.run import checkpoint
+from dtrain.run.console import Console
+from dtrain.run.recorder import refuse_other_data
+from dtrain.run.rundir import read_record
+from dtrain.run.state import TrainState
+from dtrain.world import Place, World
+
+Pixels = npt.NDArray[np.uint8]
+SHOWN, PICTURES = 10, 256  # samples that are listed, and at most drawn
+
+
+@dataclass(frozen=True)
+class Replayer:
+    """A run's learner at `state`, able to go on by its own steps in this process alone."""
+
+    config: TrainConfig
+    plan: Plan  # of the run, with its own number of processes
+    dataset: DataSet
+    learner: Learner
+    state: TrainState
+    loader: Loader  # of whole global batches
+    options: StepOptions
+
+    def gradient(self, batch: Batch) -> tuple[Tensor, Before]:
+        """Compute the gradient of this step; returns the losses of the global batch, and the buffers before it.
+
+        Each process's share by itself: with its own draws, from one set of buffers, of which rank 0's remain.
+        """
+        learner, network, plan = self.learner, self.learner.network, self.plan
+        learner.optimizer.zero_grad(set_to_none=True)
+        set_lr(learner.optimizer, plan.lr_factor(self.state.samples))
+        before, losses = Before(network.module.buffers()), []
+        always = torch.ones((), dtype=torch.bool, device=network.device)
+        for rank in reversed(range(plan.world_size)):
+            before.put_back(always)
+            seed_step(self.config.seed, self.state.step, rank)
+            share = slice(rank * plan.share, (rank + 1) * plan.share)
+            part = Batch(batch.images[share], batch.labels[share], batch.indices[share], batch.checksum)
+            losses.append(backward(network, learner.scaler, part, self.options, shares=plan.world_size)[1])
+        return torch.cat(losses[::-1]), before
+
+    def apply(self, buffers: Before) -> bool:
+        """The update from the gradient that is there, as the run made it; whether it was skipped."""
+        learner = self.learner
+        skipped = update(learner.network, learner.optimizer, learner.scaler, learner.ema, self.options, buffers)
+        self.state.advance(self.plan.batch_size)
+        return bool(skipped)
+
+
+def replay(run: Path, step: int, out: Path | None) -> dict[str, Any]:
+    """Compute step `step` of `run` again and write its pictures to `out` (default: replay-RUN-STEP here).
+
+    Returns what `print_replay` shows. Raises UsageError for a step that cannot be reached, DataError where the data
+    set is no longer that of the run. Costs the steps since the newest checkpoint before it.
+    """
+    out = out or Path(f"replay-{run.resolve().name}-{step:08d}")
+    if out.resolve().is_relative_to(run.resolve()):
+        raise UsageError(f"--out {out}: lies in the run, into which nothing is written; give another folder")
+    saved = _newest_before(run, step)
+    config = replace(TrainConfig.stored(saved.about["config"]), loader="auto")
+    record = read_record(run)
+    resolved = dict(record.resolved) if record is not None else {}
+    machine = runtime.decide(config, local_rank=0, local_world=1, kept=resolved)
+    runtime.apply(machine, deterministic=config.deterministic)
+    dataset = Console(False).converting(load_dataset(config))
+    refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
+    world_size = int(resolved.get("world_size", 1))
+    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world_size)
+    if not 0 < step <= plan.total_steps:
+        raise UsageError(f"--step {step}: this run has the steps 1 to {plan.total_steps}")
+    classes, size = len(dataset.train.class_names), dataset.image_size
+    module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=size)
+    learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
+    counts = dict(saved.state)
+    learner.restore(saved.parts, counts)
+    options = StepOptions(
+        plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip"
+    )
+    whole = replace(plan, world_size=1, share=plan.batch_size)
+    network = learner.network
+    with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
+        replayer = Replayer(config, plan, dataset, learner, TrainState(**counts), loader, options)
+        while replayer.state.step < step - 1:
+            _, buffers = replayer.gradient(loader.batch(replayer.state.step))
+            replayer.apply(buffers)
+        batch = loader.batch(step - 1)
+        found = _look_at(replayer, batch)
+        pixels = loader.pixels(batch)
+    samples = found.pop("samples")
+    pictures = _write_pictures(out, f"step {step} of {run.resolve().name}", pixels, samples)
+    return {
+        "run": str(run),
+        "step": step,
+        "checkpoint": checkpoint.name_of(saved.step),
+        "processes": world_size,
+        **found,
+        "worst": samples[:SHOWN],
+        "pictures": [str(path) for path in pictures],
+    }
+
+
+def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:
+    folder = run / checkpoint.FOLDER
+    steps = checkpoint.listed(folder)
+    if not steps:
+        raise StorageError(f"{run}: no checkpoint is there; give a run directory")
+    for saved in reversed([s for s in steps if s < step]):
+        if checkpoint.verify(folder / checkpoint.name_of(saved)) is None:
+            return checkpoint.load(folder / checkpoint.name_of(saved))
+    raise UsageError(
+        f"--step {step}: no sound checkpoint before it is left, the oldest is of step {steps[0]}; give a later step, "
+        "or train again with a greater --keep"
+    )
+
+
+def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
+    """The step that `batch` is of: its losses, its gradient, what is not finite before and after."""
+    learner, module = replayer.learner, replayer.learner.network.module
+    before = _not_finite(learner.network.tensors())
+    losses_N, buffers = replayer.gradient(batch)
+    scale = learner.scaler.get_scale()
+    gradients = {n: p.grad.detach() / scale for n, p in module.named_parameters() if p.grad is not None}
+    norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
+    skipped = replayer.apply(buffers)
+    losses = losses_N.tolist()
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    # what is not finite first, then by size
+    order = sorted(range(len(losses)), key=lambda i: (math.isfinite(losses[i]), -losses[i], i))
+    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()  # mixed: the greater part
+    names = replayer.dataset.train.class_names
+    return {
+        "loss": sum(finite) / max(1, len(finite)),
+        "nonfinite_losses": len(losses) - len(finite),
+        "gradient_norm": norm,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "skipped": skipped,
+        "not_finite_before": before,
+        "not_finite_gradients": _not_finite(gradients),
+        "not_finite_after": _not_finite(learner.network.tensors()),
+        "digest_after": checkpoint.digest(learner.network.tensors()),
+        "samples": [
+            {"place": i, "index": int(batch.indices[i]), "class": names[labels[i]], "loss": losses[i]} for i in order
+        ],
+    }
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    return [n for n, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _write_pictures(out: Path, title: str, pictures: Pixels, rows: list[dict[str, Any]]) -> list[Path]:
+    """worst.png and batch.png: what the network saw, by loss, with class, loss and place in the training set."""
+    tiles = [
+        Tile(pictures[row["place"]], [row["class"], f"loss {row['loss']:.4g}"], f"sample {row['index']}")
+        for row in rows
+    ]
+    paths = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, most in (("worst", SHOWN), ("batch", PICTURES)):
+            paths.append(out / f"{name}.png")
+            of = f"{min(most, len(tiles))} of {len(tiles)} images, the greatest loss first"
+            contact_sheet(title, of, tiles[:most]).save(paths[-1])
+    except OSError as error:
+        raise StorageError(f"cannot write pictures to {out}: {error.strerror}; give another --out") from error
+    return paths
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+def print_replay(found: dict[str, Any]) -> None:
+    """The same for people."""
+    processes = found["processes"]
+    shares = f"; the shares of {processes} processes one after the other, so rounding may differ" * (processes > 1)
+    print(f"step {found['step']} of {found['run']}, computed from {found['checkpoint']}{shares}")
+    print(f"  loss           {found['loss']:.6g}{_beside(found['nonfinite_losses'])}")
+    print(f"  gradient norm  {found['gradient_norm']:.6g}, before clipping")
+    print(f"  lr             {found['lr']:.6g}")
+    print(f"  update         {'skipped' if found['skipped'] else 'applied'}")
+    for when in ("before", "gradients", "after"):
+        names = found[f"not_finite_{when}"]
+        what = "gradients" if when == "gradients" else f"tensors {when} it"
+        listed = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        print(f"  not finite     {what}: {listed or 'none'}")
+    if found["not_finite_before"]:
+        print(f"  the network was not finite before this step: look at --step {found['step'] - 1}")
+    print("worst samples, by their place in the training set")
+    for row in found["worst"]:
+        print(f"  {row['index']:>8}  {row['class']}  loss {row['loss']:.6g}")
+    print(f"pictures of them, and of the batch, in {Path(found['pictures'][0]).parent}")
+
+
+def _beside(nonfinite: int) -> str:
+    return f" over those that are finite; {nonfinite} are not" if nonfinite else ""

@@ -1,0 +1,55 @@
+"""All of a run that learns: network, optimizer, loss scaler, EMA; made from a config, saved and restored as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from dtrain.config import TrainConfig
+from dtrain.model.network import Network, average_of
+from dtrain.model.optimization import Packed, build_optimizer, pack, unpack
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What `restore` brings back to where `parts` and `counts` were taken."""
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors, by part and name, as they stand (no copy): what a checkpoint's files hold."""
+        parts = {"network": self.network.tensors(), "optimizer": pack(self.optimizer, self.network.module).tensors}
+        return parts if self.ema is None else {**parts, "ema": dict(self.ema.module.state_dict())}
+
+    def counts(self) -> dict[str, Any]:
+        """What is no tensor, as JSON's types."""
+        return {
+            "optimizer": pack(self.optimizer, self.network.module).scalars,
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
+        }
+
+    def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: dict[str, Any]) -> None:
+        """Go back to a checkpoint; takes its own from `counts`. Raises StorageError where it is another optimizer's."""
+        packed = Packed(dict(parts.get("optimizer", {})), counts.pop("optimizer"))
+        scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")
+        self.network.load(parts["network"])
+        unpack(self.optimizer, self.network.module, packed)
+        self.scaler.load_state_dict(scaler)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(dict(parts["ema"]))
+            self.ema.n_averaged.fill_(ema_updates)
+
+
+def learner_of(network: Network, config: TrainConfig) -> Learner:
+    """The network with the optimizer, scaler and EMA that `config` asks for. Raises what `build_optimizer` raises."""
+    scaler = torch.amp.GradScaler(network.device.type, enabled=network.dtype == torch.float16)
+    return Learner(network, build_optimizer(config, network.module), scaler, average_of(network.module, config.ema))

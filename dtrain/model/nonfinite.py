@@ -1,0 +1,73 @@
+"""Updates that are not applied (`--on-nonfinite skip`): the decision, and tensors put back as they were.
+
+All processes must decide alike. Gradients are the same on each after their all-reduce, and a loss that is not finite
+makes the gradient not finite (`poisoned`), so the decision is read off the gradients and no message is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.errors import UsageError
+
+GIVE_UP_STEPS = 20  # skipped in a row, after which a run ends: what comes by chance does not come so often
+NAMED = 5  # samples in a line
+
+
+def poisoned(loss: Tensor, losses_N: Tensor) -> Tensor:
+    """`loss`, NaN if one of `losses_N` is not finite: by itself an infinite loss may have a finite gradient."""
+    faulty = ~losses_N.detach().isfinite().all()
+    return loss * torch.ones_like(loss.detach()).masked_fill(faulty, math.nan)
+
+
+def gradients_not_finite(module: nn.Module) -> Tensor:
+    """Whether a gradient of `module` is not finite, bool [] on its device. No host sync; one pass over gradients."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    # the largest of them, and no sum: squares of finite numbers overflow
+    return ~torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
+
+
+class Before:
+    """Copies of tensors as they stand, to be put back into them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._copies = [tensor.clone() for tensor in self._tensors]
+
+    @torch.no_grad()
+    def put_back(self, where: Tensor) -> None:
+        """Bit for bit, if `where` (bool [] on the device) is true. No host sync."""
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            torch.where(where, copy, tensor, out=tensor)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
+    """All that an optimizer keeps, on `device`; what stands in its groups is taken for hyper-parameters.
+
+    Raises UsageError for what it keeps on the host: that cannot be put back without waiting for the device.
+    """
+    found = []
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device == device:
+                found.append(value)
+            elif value is not None:
+                raise UsageError(
+                    f"--on-nonfinite skip: {type(optimizer).__name__} keeps {key!r} on the host, which cannot be taken "
+                    "back without waiting for the device; give --opt-opt fused=true if it takes that, or "
+                    "--on-nonfinite stop"
+                )
+    return found
+
+
+def told(step: int, samples: Sequence[int]) -> str:
+    """What went wrong first: the samples whose loss was not finite, by place in the training set; none: a gradient."""
+    named = ", ".join(map(str, sorted(samples)[:NAMED]))
+    more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
+    if not samples:
+        return f"the gradient of step {step} is not finite"
+    return f"the loss of step {step} is not finite for training sample{'s' * (len(samples) > 1)} {named}{more}"

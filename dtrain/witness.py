@@ -1,0 +1,181 @@
+"""What the processes of a run leave for each other in their store: who is where, how far it came, what went wrong.
+
+So that one error ends all of them with one line and one exit code, and who died or fell silent is named. The store is
+torch's, handed in by world.py; a RuntimeError of it means that it is gone, with the process that keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import DtrainError, ProcessError
+
+BEAT_SECONDS = 1.0
+
+
+class Witness:
+    """One process's part. store: a client of its own; neighbours: the ranks on this host."""
+
+    def __init__(self, store: Any, rank: int, size: int, neighbours: range, timeout_seconds: float) -> None:
+        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
+        self._store, self._neighbours = store, neighbours
+        self._killed_before = killed_for_memory()
+        store.set(f"where/{rank}", f"{_host()} {os.getpid()}")
+        self.beat = _Beat(store, rank)
+
+    def all_at(self, point: str, timeout: timedelta) -> None:
+        """Wait until all processes have come here, or one has failed. Collective."""
+        if self._store.add(point, 1) == self.size:
+            self._store.set(f"all {point}", "")
+        self._store.wait([f"all {point}"], timeout)
+
+    def failed(self) -> DtrainError | None:
+        """The error that another process has told already, if any."""
+        return self.told_by_another() if self._store.check(["error"]) else None
+
+    def let_others_hear(self) -> None:
+        """Say that this process knows; process 0, with which the store may go, waits two beats for the others to."""
+        deadline, others = time.monotonic() + 2 * BEAT_SECONDS, set(range(1, self.size))
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"heard/{self.rank}", "")
+            while self.rank == 0 and others and time.monotonic() < deadline:
+                others = {rank for rank in others if not self._store.check([f"heard/{rank}"])} - set(self._dead())
+                time.sleep(0.02)
+
+    def tell(self, error: Exception) -> bool:
+        """Whether this process is the first to tell; if so, its error is left in the store for the others.
+
+        Where the store is gone nobody knows who was first: a DtrainError is then not told again.
+        """
+        try:
+            if int(self._store.add("told", 1)) != 1:
+                return False
+            code = error.exit_code if isinstance(error, DtrainError) else 1
+            self._store.set("error", f"{code} {type(error).__name__}: {error}")
+            self._store.set("all ready", "")  # for those that wait for it
+        except RuntimeError:  # the store is gone, with process 0
+            return not isinstance(error, DtrainError)
+        return True
+
+    def told_by_another(self) -> DtrainError | None:
+        """The error another process tells, or its death without one; None if two beats bring neither."""
+        deadline = time.monotonic() + 2 * BEAT_SECONDS
+        try:
+            while not self._store.check(["error"]):
+                if time.monotonic() > deadline:
+                    return None
+                died = self._died()
+                if died is not None and not self._store.check(["error"]):  # else it told before it ended
+                    return died
+                time.sleep(0.05)
+            code, _, line = self._store.get("error").decode().partition(" ")
+        except RuntimeError:
+            return None
+        error = ProcessError(line)
+        setattr(error, "exit_code", int(code))  # noqa: B010 - of this instance: the other's own
+        return error
+
+    def _dead(self) -> Iterator[int]:
+        """The processes of this host that are no more."""
+        for rank in self._neighbours:
+            host, pid = self._store.get(f"where/{rank}").decode().rsplit(" ", 1)
+            if host == _host() and not _lives(int(pid)):
+                yield rank
+
+    def _died(self) -> ProcessError | None:
+        """What to say of the first process of this host that is no more, if any."""
+        if (rank := next(self._dead(), None)) is None:
+            return None
+        pid = self._store.get(f"where/{rank}").decode().split()[-1]
+        steps = self._store.get(f"beat/{rank}").decode().split()[0]
+        why = "if nobody killed it, memory may have run out: see dmesg"
+        if killed_for_memory() > self._killed_before:
+            why = "this host's kernel has killed a process for lack of memory meanwhile: try a smaller --batch-size"
+        return ProcessError(
+            f"process {rank} of {self.size} (pid {pid}, seen after {steps} steps of this start) died without a word; "
+            f"{why}; run the same command again to go on from the last checkpoint"
+        )
+
+    def silent(self) -> ProcessError:
+        """Who fell silent: of those that have not given up as well, who shows no sign of life, else all of them.
+
+        Found within three beats.
+        """
+        try:
+            self._store.set(f"gave up/{self.rank}", "")
+            before = self._beats()
+            time.sleep(2.5 * BEAT_SECONDS)
+            after = self._beats()
+            waiting = [rank for rank in range(self.size) if not self._store.check([f"gave up/{rank}"])]
+        except RuntimeError:
+            return ProcessError("process 0, which keeps the store, went away; run the same command again to go on")
+        silent = [rank for rank in waiting if after[rank] == before[rank]] or waiting or range(self.size)
+        listed = ", ".join(f"{rank} (seen after {after[rank][0]} steps of this start)" for rank in silent[:8])
+        return ProcessError(
+            f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
+            "run the same command again to go on from the last checkpoint"
+        )
+
+    def _beats(self) -> list[tuple[int, int]]:
+        beats = []
+        for rank in range(self.size):
+            count, tick = self._store.get(f"beat/{rank}").decode().split()
+            beats.append((int(count), int(tick)))
+        return beats
+
+
+class _Beat:
+    """A thread that writes this process's progress to the store each second, so that a laggard can be named."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.count = 0
+        self._store, self._key, self._tick = store, f"beat/{rank}", 0
+        self._stopped = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._run, name="dtrain-beat", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        self._tick += 1
+        self._store.set(self._key, f"{self.count} {self._tick}")
+
+    def _run(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._write()
+            except RuntimeError:  # the store's host is gone; the next collective will tell
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _host() -> str:
+    """This host, as far as process ids mean the same."""
+    return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # a zombie until its parent asks
+
+
+def killed_for_memory() -> int:
+    """How many processes this host's kernel has killed for lack of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
