@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from fractions import Fraction
 from math import floor
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from dtrain.data.augment import ONE, Augmentation, Decisions, decide, undecided
 from dtrain.data.pixels import jitter_pixels, lookup_table, mix_pixels, move_pixels, sample_pixels, write_images
+from dtrain.keyed import Stream, key
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -373,6 +375,35 @@ def test_images_are_what_one_step_after_the_other_makes_of_them(augmentation: Au
     by_hand = picture_by_hand(images, decisions, size, channels)
     wanted = np.stack([lut[c][by_hand[..., c]] for c in range(channels)], axis=-1)
     assert np.array_equal(written(images, decisions, size, lut), np.where(by_hand < 0, 0, wanted))
+
+
+def test_golden_pictures_never_change() -> None:
+    # as the test above has them step by step; 8 keyed pictures of 10 x 10, seen at 8 x 8, bytes as they are
+    pictures = (key(0, Stream.SYNTHETIC, np.arange(8 * 10 * 10 * 3)) >> np.uint64(56)).astype(np.uint8)
+    asked = {
+        "flip, shift, cutout": Augmentation(0, True, 2, 3),
+        "scale": Augmentation(0, scale=(0.3, 0.9)),
+        "affine": Augmentation(0, affine=(40.0, 0.1, 0.2, 10.0)),
+        "jitter": Augmentation(0, jitter=(0.4, 0.5, 0.6)),
+        "erase": Augmentation(0, erase=0.5),
+        "mixup": Augmentation(0, mixup=0.4),
+        "cutmix": Augmentation(0, cutmix=1.0),
+        "everything": EVERYTHING,
+    }
+    seen = {}
+    for name, augmentation in asked.items():
+        out = written(pictures.reshape(8, 10, 10, 3), decide(augmentation, 0, np.arange(8), 8, 10), 8, BYTES)
+        seen[name] = hashlib.sha256(out.tobytes()).hexdigest()[:16]
+    assert seen == {
+        "flip, shift, cutout": "51193e7bba784e9e",
+        "scale": "070ad66f564724a9",
+        "affine": "cf6928493c0fed97",
+        "jitter": "2dc5245f6ae54314",
+        "erase": "f703fb19b32242ba",
+        "mixup": "c975f1ff9a74fe14",
+        "cutmix": "dd00c843e07fdb69",
+        "everything": "14420864129e1a15",
+    }
 
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
