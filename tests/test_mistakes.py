@@ -98,7 +98,7 @@ def pictures(folder: Path, classes: dict[str, int], size: int = 32) -> Path:
         ("--recipe allcnn", 1, 2, ["recipe 'allcnn' is not installed", "did you mean 'allcnn_c'?"]),
         ("--batch-size 47", 2, 2, ["--batch-size 47 does not divide over 2 processes", "try 46 or 48"]),
         ("--batch-size 1440", 1, 2, ["--batch-size 1440 is larger than the training set of 1437", "at most 1437"]),
-        ("--dataset {folder}/none", 1, 3, ["{folder}/none: an empty folder", "fill or remove"]),
+        ("--dataset {folder}/none", 1, 3, ["{folder}/none: needs images in train/CLASS/", "found 0 in train/"]),
         ("--dataset {folder}/one", 1, 3, ["single class 'a'", "two or more are needed"]),
         ("--dataset {folder}/gone/", 2, 3, ["--dataset {folder}/gone/: no such folder or tar"]),
         ("--cache-dir {folder}/file/cache", 1, 6, ["{folder}/file/cache: Not a directory", "--cache-dir"]),
@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line(run: Run, flags: str, world: int, code: int, word
     [
         ("--opt adam --momentum 0.9", "--momentum: optimizer adam has no use for it; leave it out"),
         ("--arch-opt with=3", "has no option 'with'"),
-        ("--batch-size 47 --grad-accum-steps 2", "does not divide over 1 processes x 2 micro-batches; try 46 or 48"),
+        ("--batch-size 47 --grad-accum-steps 2", "does not divide over 1 process x 2 micro-batches; try 46 or 48"),
     ],
 )
 def test_what_can_be_known_is_told_before_a_data_set_is_converted(run: Run, flags: str, told: str) -> None:
@@ -144,7 +144,7 @@ def test_images_that_are_too_small_are_told_with_the_smallest_that_are_not(run: 
 
 
 def test_a_label_out_of_range_is_named_with_its_file(run: Run) -> None:
-    from dtrain.data.beton import FIELD, HEADER, SAMPLE
+    from dtrain.data.format import FIELD, HEADER, SAMPLE
 
     data = pictures(run.folder / "two", {"dark": 3, "light": 3})
     flags = ("--dataset", data, "--batch-size", 2, "--cache-dir", run.folder / "cache")

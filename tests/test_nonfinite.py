@@ -209,7 +209,7 @@ def bright_samples(limit: float) -> set[int]:
     from dtrain.data.sources import find_source
 
     train = find_source("digits", Path()).splits["train"]
-    pixels = np.stack(list(train.images())) / 255
+    pixels = np.stack([decode() for decode in train.pictures()]) / 255
     means = ((pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))).mean((1, 2, 3))
     return {int(i) for i in np.flatnonzero(means > limit)}
 
