@@ -121,7 +121,7 @@ def test_a_step_takes_mixed_labels_in_micro_batches() -> None:
         optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
         mixed = Batch(plain_batch.images, shares, plain_batch.indices, plain_batch.checksum)
         network = Network(module, module, torch.float32, CPU)
-        sums = train_step(network, optimizer, scaler, None, mixed, StepOptions(micro_batch, 0.1, None))
+        sums = train_step(network, optimizer, scaler, None, mixed, StepOptions(micro_batch, 0.1, None)).sums
         moved.append((module, sums))
     (one, sums_of_one), (parts, sums_of_parts) = moved
     assert distance(one, plain()) > 0
@@ -167,6 +167,17 @@ def test_the_ema_is_its_formula() -> None:
     stepped(module, StepOptions(24, 0.0, None), ema=ema)
     for average, one, two in zip(ema.module.parameters(), after_first, module.parameters(), strict=True):
         torch.testing.assert_close(average.detach(), 0.9 * one + 0.1 * two.detach())  # torch begins with the first
+
+
+def test_the_ema_averages_statistics_and_copies_counts() -> None:
+    module = nn.BatchNorm1d(1, momentum=0.5)
+    ema = average_of(module, 0.75)
+    assert ema is not None
+    for value in (4.0, 12.0):  # running means 0.5 * 4 = 2, then 0.5 * 2 + 0.5 * 12 = 7
+        module(torch.full((3, 1), value))
+        ema.update_parameters(module)
+    assert ema.module.running_mean.item() == 0.75 * 2 + 0.25 * 7
+    assert ema.module.num_batches_tracked.item() == 2
 
 
 def test_sums_of_a_batch_in_any_cut_are_the_same_bits() -> None:
@@ -300,10 +311,11 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(skip: bool) -> None:
     there = Batch(cpu.images.cuda(), cpu.labels.cuda(), cpu.indices, cpu.checksum.cuda())
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     tally, options = Tally(torch.device("cuda"), 24), StepOptions(24, 0.1, 5.0, skip_nonfinite=skip)
-    tally += train_step(network, optimizer, scaler, None, there, options)
+    ema = average_of(module, 0.9)
+    tally += train_step(network, optimizer, scaler, ema, there, options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tally += train_step(network, optimizer, scaler, None, there, options)
+        tally += train_step(network, optimizer, scaler, ema, there, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

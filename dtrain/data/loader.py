@@ -36,13 +36,15 @@ class Batch:
 
     labels: int64 [b], or shares of the K classes, float32 [b, K] with rows of sum 1, where images are mixed.
     indices: int64 [b]. checksum: int64 [], of the indices and of all that was decided for each image, below b x 2^32;
-    the sum of those of all shares is that of the global batch. Fresh memory: it may be kept.
+    the sum of those of all shares is that of the global batch. copied: on CUDA, what the current stream has to wait
+    for. Fresh memory: it may be kept.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     checksum: Tensor
+    copied: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,11 @@ class Loader:
         made = self._ahead.take()
         self.wait_seconds += time.perf_counter() - started
         if isinstance(made, Batch):
-            if self._copies is not None:
-                torch.cuda.current_stream(self._device).wait_stream(self._copies)
+            if made.copied is not None:  # this batch's own: those of the next ones are queued behind it
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(made.copied)
                 for tensor in (made.images, made.labels, made.checksum):
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
+                    tensor.record_stream(current)
             return made
         self._stop()
         if made is None:
@@ -179,6 +182,7 @@ class Loader:
                 labels.pin_memory().to(self._device, non_blocking=True),
                 indices,
                 checksum.pin_memory().to(self._device, non_blocking=True),
+                self._copies.record_event(),  # last: arguments are evaluated in order
             )
 
     def _labels(self, indices: npt.NDArray[np.int64], decisions: Decisions) -> npt.NDArray[Any]:

@@ -113,10 +113,30 @@ def wrap(module: nn.Module, config: TrainConfig, runtime: Runtime, world: World,
     return Network(module, trained, runtime.dtype(), device)
 
 
+class _Average(AveragedModel):
+    """torch's averaged model, updated without waiting for a GPU: torch sends it its count anew at every step."""
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """The first time a copy; then the average of what is floating, and a copy of what counts. No host sync."""
+        pairs = list(zip(_values(self.module), _values(model), strict=True))
+        moving = [pair for pair in pairs if self.n_averaged and pair[0].is_floating_point()]
+        for average, current in pairs:
+            if not self.n_averaged or not average.is_floating_point():  # the count stays on the host
+                average.copy_(current)
+        if moving:
+            averages, currents = map(list, zip(*moving, strict=True))
+            self.multi_avg_fn(averages, currents, self.n_averaged)  # type: ignore[misc]  # given below
+        self.n_averaged += 1
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+
+
 def average_of(module: nn.Module, decay: float | None) -> AveragedModel | None:
     """The EMA of a module's parameters and buffers (torch.optim.swa_utils), or None."""
     if decay is None:
         return None
     function = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch's
-    average = AveragedModel(module, multi_avg_fn=function, use_buffers=True)
+    average = _Average(module, multi_avg_fn=function, use_buffers=True)
     return average.eval()
