@@ -121,7 +121,7 @@ def test_a_step_takes_mixed_labels_in_micro_batches() -> None:
         optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
         mixed = Batch(plain_batch.images, shares, plain_batch.indices, plain_batch.checksum)
         network = Network(module, module, torch.float32, CPU)
-        sums = train_step(network, optimizer, scaler, None, mixed, StepOptions(micro_batch, 0.1, None))
+        sums = train_step(network, optimizer, scaler, None, mixed, StepOptions(micro_batch, 0.1, None)).sums
         moved.append((module, sums))
     (one, sums_of_one), (parts, sums_of_parts) = moved
     assert distance(one, plain()) > 0
