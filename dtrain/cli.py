@@ -12,9 +12,10 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 import dtrain
-from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, flag_of, settings_fields, type_of
+from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, settings_fields, type_of
 from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError, UsageError, nearest
 from dtrain.plugins import find
+from dtrain.ranges import flag_of
 from dtrain.run import trackers
 
 app = typer.Typer(
@@ -319,7 +320,7 @@ def _data_verify(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = Fal
 @data_app.command("show", context_settings=PASS_ON)
 def _data_show(
     context: typer.Context,
-    step: Annotated[int, typer.Option(help="the step whose batch is drawn, from 0")] = 0,
+    step: Annotated[int, typer.Option(help="the step whose batch is drawn, from 1")] = 1,
     images: Annotated[int, typer.Option(help="how many of its images")] = 32,
     out: Annotated[Path, typer.Option(help="PNG file to draw")] = Path("sheet.png"),
     run: Annotated[Path | None, typer.Option(help="run directory to take the settings from")] = None,

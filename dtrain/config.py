@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from dtrain.errors import PluginError, UsageError, nearest
 from dtrain.files import canonical_json
 from dtrain.plugins import find_recipe, read_recipe, recipe_for
+from dtrain.ranges import check_ranges, flag_of
 from dtrain.schedules import SCHEDULES
 
 Mark = Literal["result", "place"]
@@ -392,11 +393,6 @@ def _names() -> list[str]:
     return [f.name for f in settings_fields()]
 
 
-def flag_of(name: str) -> str:
-    """The long flag of a field: batch_size -> --batch-size."""
-    return "--" + name.replace("_", "-")
-
-
 _HINTS: dict[str, Any] = {}
 
 
@@ -541,44 +537,6 @@ def _dataset_name(asked: Mapping[str, Any]) -> str:
     return Path(text).name.split(".")[0] if "/" in text or "." in text else text
 
 
-# -- ranges ----------------------------------------------------------------------------------------------------------
-
-_POSITIVE = (
-    "lr",
-    "batch_size",
-    "epochs",
-    "grad_accum_steps",
-    "eval_batch_size",
-    "log_interval",
-    "dist_timeout",
-    "steps",
-    "clip_grad",
-)
-_NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "shift", "cutout", "threads", "keep", "seed")
-_INTERVALS = {  # name: (lowest, lowest allowed, highest, highest allowed)
-    "momentum": (0.0, True, 1.0, False),
-    "smoothing": (0.0, True, 1.0, False),
-    "ema": (0.0, False, 1.0, False),
-    "val_split": (0.0, False, 1.0, False),
-    "stop_at_accuracy": (0.0, False, 1.0, True),
-    "erase": (0.0, True, 1.0, True),
-    "mixup": (0.0, True, 100.0, True),
-    "cutmix": (0.0, True, 100.0, True),
-}
-_LISTS: dict[str, tuple[tuple[int, ...], tuple[tuple[float, float], ...], str]] = {
-    # name: (how many numbers, lowest and highest of each, what to give)
-    "mean": ((1, 3), ((0, 1),) * 3, "one number in 0..1 a channel, such as 0.49,0.48,0.45"),
-    "std": ((1, 3), ((0, 1),) * 3, "one number in 0..1 a channel, such as 0.25,0.24,0.26"),
-    "scale": ((1, 2), ((0.01, 1),) * 2, "the least and the largest fraction of the area, in 0.01..1, such as 0.35,1"),
-    "jitter": ((1, 3), ((0, 1),) * 3, "one or three fractions in 0..1, such as 0.4,0.4,0.4"),
-    "affine": (
-        (1, 2, 3, 4),
-        ((0, 180), (0, 1), (0, 0.9), (0, 60)),
-        "up to four numbers: degrees in 0..180, fraction in 0..1, zoom in 0..0.9, shear in 0..60, such as 15,0.1,0.1,5",
-    ),
-}
-
-
 def check(config: TrainConfig) -> None:
     """Raise UsageError for the first field that is out of its range or not one of its choices."""
     if not config.arch:
@@ -589,77 +547,5 @@ def check(config: TrainConfig) -> None:
             raise UsageError(f"{flag_of(f.name)} {value}: not a choice; {nearest(str(value), f.metadata['choices'])}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag_of(f.name)} {value}: give a finite number")
-    _check_ranges(config)
+    check_ranges(vars(config))
     config.conversion()
-    _check_lists(config)
-    parse_every(config.eval_every, "--eval-every", clock=False)
-    parse_every(config.checkpoint_every, "--checkpoint-every", clock=True)
-    if config.max_time is not None:
-        parse_seconds(config.max_time, "--max-time")
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    for name in _POSITIVE + _NOT_NEGATIVE:
-        value = getattr(config, name)
-        if value is not None and (value < 0 or (value == 0 and name in _POSITIVE)):
-            least = "greater than 0" if name in _POSITIVE else "0 or greater"
-            raise UsageError(f"{flag_of(name)} {value}: give a number {least}")
-    for name, (low, low_in, high, high_in) in _INTERVALS.items():
-        value = getattr(config, name)
-        inside = value is None or (low < value < high) or (value == low and low_in) or (value == high and high_in)
-        if not inside:
-            interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
-            what = "fraction" if high <= 1 else "number"
-            raise UsageError(f"{flag_of(name)} {value}: give a {what} in {interval}")
-    if config.name is not None and (not config.name or Path(config.name).name != config.name):
-        raise UsageError(f"--name {config.name}: give a plain name; --output takes a path")
-
-
-def _check_lists(config: TrainConfig) -> None:
-    for name, (counts, ranges, give) in _LISTS.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        inside = all(low <= number <= high for number, (low, high) in zip(value, ranges, strict=False))
-        if len(value) not in counts or not inside or (name == "scale" and value[0] > value[-1]):
-            raise UsageError(f"{flag_of(name)} {','.join(f'{number:g}' for number in value)}: give {give}")
-    if config.std is not None and 0.0 in config.std:
-        raise UsageError(f"--std {config.std}: give numbers greater than 0")
-
-
-@dataclass(frozen=True)
-class Every:
-    """An interval of a run: exactly one of the three, or none of them for 'only at the end'."""
-
-    steps: int | None = None
-    epochs: float | None = None
-    seconds: float | None = None
-
-
-_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
-
-
-def parse_every(text: str, flag: str, *, clock: bool) -> Every:
-    """'500steps', '1epoch', '10min' (where the clock may decide) or 'end'. Raises UsageError naming `flag`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(steps?|epochs?|s|sec|min|h)", text.strip())
-    if text.strip() == "end":
-        return Every()
-    unit = match.group(2).rstrip("s") if match else ""
-    amount = float(match.group(1)) if match else 0.0
-    if match and amount > 0:
-        if unit == "step" and amount == int(amount):
-            return Every(steps=int(amount))
-        if unit == "epoch":
-            return Every(epochs=amount)
-        if clock and match.group(2) in _UNITS:
-            return Every(seconds=amount * _UNITS[match.group(2)])
-    examples = "500steps, 1epoch, 10min or end" if clock else "500steps, 1epoch or end"
-    raise UsageError(f"{flag} {text}: not an interval; give {examples}")
-
-
-def parse_seconds(text: str, flag: str) -> float:
-    """A span of time with its unit ('90s', '45min', '2h') in seconds. Raises UsageError naming `flag`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|sec|min|h)", text.strip())
-    if match is None:
-        raise UsageError(f"{flag} {text}: not a span of time; give 90s, 45min or 2h")
-    return float(match.group(1)) * _UNITS[match.group(2)]

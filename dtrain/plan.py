@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain import keyed, schedules
-from dtrain.config import Every, TrainConfig, flag_of, parse_every
+from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
 from dtrain.plugins import parse_options
+from dtrain.ranges import Every, flag_of, parse_every
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import pytest
 import tomli_w
 from warm import REPOSITORY, Warm
 
-from dtrain.config import Every, TrainConfig, parse_every, parse_seconds, settings_fields
+from dtrain.config import TrainConfig, settings_fields
 from dtrain.errors import UsageError
 from dtrain.plugins import listed, read_recipe, recipes
+from dtrain.ranges import Every, parse_every, parse_seconds
 
 SMALL = {"arch": "resnet18", "recipe": "none"}
 

@@ -69,11 +69,11 @@ SETTINGS: dict[str, Any] = {
 def test_a_sheet_shows_the_pixels_that_the_loader_hands_out(tmp_path: Path) -> None:
     config = TrainConfig(**SETTINGS, cache_dir=tmp_path / "cache", jitter=0.5, cutmix=1.0)
     told = show(config, 3, 4, tmp_path / "sheet.png")
-    assert told == f"{tmp_path / 'sheet.png'}: digits, step 3 of 5, epoch 0, 4 of 8 images, 32 x 32"
+    assert told == f"{tmp_path / 'sheet.png'}: digits, step 3 of 5, epoch 1, 4 of 8 images, 32 x 32"
     dataset = finished(load_dataset(config))
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=1)
     with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
-        images = loader.batch(3).images
+        images = loader.batch(2).images  # the third
     mean, std = (np.array(of) for of in (dataset.train.mean, dataset.train.std))
     wanted = np.rint((images.permute(0, 2, 3, 1).numpy() * std + mean) * 255).astype(np.uint8)
     sheet = pixels_of(Image.open(tmp_path / "sheet.png"))
@@ -85,10 +85,10 @@ def test_a_sheet_shows_the_pixels_that_the_loader_hands_out(tmp_path: Path) -> N
 
 def test_a_step_that_is_not_there_and_a_file_that_cannot_be_are_told(tmp_path: Path) -> None:
     config = TrainConfig(**SETTINGS, cache_dir=tmp_path / "cache")
-    with pytest.raises(UsageError, match="--step 5: the run has steps 0 to 4"):
-        show(config, 5, 4, tmp_path / "sheet.png")
+    with pytest.raises(UsageError, match="--step 6: the run has steps 1 to 5"):
+        show(config, 6, 4, tmp_path / "sheet.png")
     with pytest.raises(StorageError, match="--out .*nowhere/sheet.png: No such file or directory; name a file"):
-        show(config, 0, 4, tmp_path / "nowhere" / "sheet.png")
+        show(config, 1, 4, tmp_path / "nowhere" / "sheet.png")
 
 
 def test_settings_come_from_flags_or_from_a_run(ranks: Warm, tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_settings_come_from_flags_or_from_a_run(ranks: Warm, tmp_path: Path) -> 
     for asked, told in (
         (
             ["--out", out, "--images", "2", "--", "--dataset", "digits", "-b", "6", *places],
-            "step 0 of 2390, epoch 0, 2 of 6",
+            "step 1 of 2390, epoch 1, 2 of 6",
         ),
-        (["--out", out, "--run", run, "--step", "6", *places], "step 6 of 7, epoch 0, 10 of 10 images"),
+        (["--out", out, "--run", run, "--step", "7", *places], "step 7 of 7, epoch 1, 10 of 10 images"),
     ):
         (result,) = ranks(["data", "show", *asked], world=1)
         assert result.code == 0, result.err

@@ -29,7 +29,7 @@ STOREYS = (
     ("dtrain.runtime", "dtrain.world", "dtrain.plan"),
     ("dtrain.witness",),
     ("dtrain.config",),
-    ("dtrain.plugins", "dtrain.schedules"),
+    ("dtrain.plugins", "dtrain.ranges", "dtrain.schedules"),
     ("dtrain.keyed", "dtrain.files"),
     ("dtrain.errors",),
 )

@@ -57,11 +57,15 @@ def test_the_output_shown_is_the_end_of_the_record() -> None:
 
 
 def test_the_table_says_what_the_records_say() -> None:
-    log = (RESULTS / "cifar10-allcnn_c" / "log.txt").read_text(encoding="utf-8")
-    (accuracy,) = re.findall(r"test accuracy, raw weights +(\d+/10000 = [\d.]+ %)", log)
-    (seconds,) = re.findall(r"time +train ([\w ]+),", log)
-    assert accuracy in README
-    assert f"{seconds} of training" in README
+    logs = sorted(RESULTS.glob("*/log.txt"))
+    assert len(logs) >= 2
+    for path in logs:
+        log = path.read_text(encoding="utf-8")
+        (accuracy,) = re.findall(r"test accuracy, raw weights +(\d+/\d+ = [\d.]+ %)", log)
+        (seconds,) = re.findall(r"time +train ([\w ]+),", log)
+        (row,) = (line for line in README.splitlines() if str(path.relative_to(REPOSITORY)) in line)
+        assert accuracy in row
+        assert f"in {seconds}" in row
     for name in ("overhead", "loaders"):
         record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for result in record["results"].values():

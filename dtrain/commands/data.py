@@ -61,7 +61,7 @@ def _facts(beton: Beton) -> dict[str, Any]:
 
 
 def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
-    """Draw at most `most` images of the batch of `step` to the PNG file `out`, as the network will see them.
+    """Draw at most `most` images of step `step`, from 1 as rows count, to the PNG file `out`, as they are trained on.
 
     They come through the run's own loader, out of the global batch, and are taken back to pixels. Returns what was
     drawn. Converts the data set if it must. Raises UsageError for a step that the run does not have, StorageError.
@@ -73,17 +73,17 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
 
     dataset = Console(True).converting(load_dataset(config))
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=1)
-    if not 0 <= step < plan.total_steps:
-        raise UsageError(f"--step {step}: the run has steps 0 to {plan.total_steps - 1}")
+    if not 1 <= step <= plan.total_steps:
+        raise UsageError(f"--step {step}: the run has steps 1 to {plan.total_steps}")
     with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
-        batch = loader.batch(step)
+        batch = loader.batch(step - 1)
         pictures = loader.pixels(batch)[:most]
     names = dataset.train.class_names
     tiles = [
         Tile(picture, _names_of(label, names), f"sample {index}")
         for picture, label, index in zip(pictures, batch.labels.numpy(), batch.indices.tolist(), strict=False)
     ]
-    title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {plan.epoch_at(step)}"
+    title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {plan.epoch_at(step - 1) + 1}"
     size = f"{len(tiles)} of {plan.batch_size} images, {dataset.image_size} x {dataset.image_size}"
     sheet = contact_sheet(title, f"{size}; {_augmentation(config)}", tiles)
     try:

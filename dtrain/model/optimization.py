@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import plugins
-from dtrain.config import TrainConfig, flag_of
+from dtrain.config import TrainConfig
 from dtrain.errors import PluginError, StorageError, UsageError
+from dtrain.ranges import flag_of
 
 # what a group says about how this machine computes, never about what: a resume keeps its own
 MACHINE_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")

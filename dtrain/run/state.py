@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtrain.config import TrainConfig, parse_seconds
+from dtrain.config import TrainConfig
 from dtrain.plan import Plan
+from dtrain.ranges import parse_seconds
 from dtrain.world import Ask
 
 KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", for data, is a part of "train"
