@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -559,3 +560,13 @@ def test_images_are_normalised_by_the_training_set_unless_told_otherwise(
     assert batch is not None
     wanted = (pixels[::-1] / 255 - mean) / std
     np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_ffcv_leaves_numba_s_types_as_they_are(beton: Beton) -> None:
+    pytest.importorskip("ffcv")
+    flat = numba.uint8[::1]
+    assert flat.mutable
+    with opened(beton, lambda step: Request(np.arange(2), 0) if step == 0 else None, "ffcv") as loader:
+        loader.batch(0)
+    assert numba.uint8[::1] is flat
+    assert flat.mutable

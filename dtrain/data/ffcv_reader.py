@@ -63,6 +63,30 @@ with _threads_kept(), _environment_kept(), _no_typed_dict():
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers.os_cache import OSCacheManager
+    from ffcv.pipeline.compiler import Compiler
+
+
+MAPPED = numba.types.Array(numba.uint8, 1, "C", readonly=True)
+STATE = numba.types.Tuple([MAPPED, numba.uint64[::1], numba.uint64[::1]])  # type: ignore[no-untyped-call]  # numba's
+
+
+def _compiled_reader(self: Any) -> Any:
+    """What finds an image's bytes in the mapped file, as FFCV has it, but of a type of its own.
+
+    FFCV makes numba's one and only type of uint8 arrays read-only, in place: every kernel of this process that was
+    compiled for that type then fails, as soon as it is compiled for another, with a KeyError.
+    """
+
+    def read(address: Any, state: Any) -> Any:
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address : address + size]
+
+    return Compiler.compile(read, MAPPED(numba.uint64, STATE))
+
+
+OSCacheManager.state_type = STATE
+OSCacheManager.compile_reader = _compiled_reader
 
 
 @functools.lru_cache(maxsize=4)  # FFCV compiles code for each, for a third of a second, at every jump and evaluation

@@ -33,7 +33,7 @@ from dtrain.world import STOP_SIGNALS
 
 FOLDER = "trackers"  # of a run directory; in it a folder for each tracker
 LOG = "log.txt"  # what the tracker and its package say
-LIMIT_SECONDS = 4.0  # that the end of a run waits for all trackers together; five with what cannot be bounded closely
+LIMIT_SECONDS = 3.0  # that the end of a run waits for all trackers together; with all else below five
 ORPHAN_SECONDS = 60.0  # that a process goes on after a run that did not live to end it
 ROW, END = b"\n", b"."  # what the trainer writes into the pipe
 
