@@ -14,7 +14,7 @@ import pytest
 from test_sources import pixels_of, png
 
 CONVERT = """if True:
-    import json, resource, sys, time
+    import json, re, sys, time
     from pathlib import Path
     from dtrain.data.cache import prepare
     started, steps = time.monotonic(), prepare(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[2]) / "cache")
@@ -24,7 +24,8 @@ CONVERT = """if True:
         except StopIteration as end:
             betons = end.value
             break
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not getrusage, which counts what the parent held when it started this process
+    megabytes = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     print(json.dumps([len(betons["train"].labels), megabytes, time.monotonic() - started]))"""
 
 
@@ -77,7 +78,8 @@ def test_a_hundred_thousand_small_files_are_converted_in_flat_memory(tmp_path: P
         for index in range(count):
             (tmp_path / "pets" / part / f"class{index % 10}" / f"{index}.png").write_bytes(data[index % 50])
     images, megabytes, seconds = converted(tmp_path / "pets", tmp_path)
-    assert (images, megabytes < 512, seconds < 300) == (90_000, True, True)
+    assert (images, seconds < 300) == (90_000, True)
+    assert megabytes < 512, megabytes
     again = converted(tmp_path / "pets", tmp_path)
     assert again[2] < 60  # names, sizes and times are looked at, nothing is read
     assert os.path.getsize(next((tmp_path / "cache").glob("pets-*/train.beton"))) > 90_000 * 48  # noqa: PTH202
