@@ -9,7 +9,7 @@ demo:  ## train on real handwritten digits with two processes
 
 test:  ## everything but the slow suites
 	@PYTHON=$(PYTHON) launch/setup_env.sh dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check:  ## what has to hold before a commit
 	@PYTHON=$(PYTHON) launch/setup_env.sh dev

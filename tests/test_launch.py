@@ -105,13 +105,16 @@ def interrupted(command: list[str], number: signal.Signals, folder: Path) -> tup
     return process.returncode, json.loads((run / "run.json").read_text()), seconds
 
 
-SLOW = pytest.mark.slow  # the same path with another signal
 LONG_RUN = [*SHORT_RUN[:4], "--loader", "memory", "--epochs", "1000", "--log-interval", "5", "--eval-every", "end"]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, id="SIGTERM"), pytest.param(signal.SIGINT, id="SIGINT", marks=SLOW)]
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),  # the same path with another signal
+    ],
 )
 def test_a_signal_to_torchrun_saves_and_run_json_says_so(tmp_path: Path, number: signal.Signals) -> None:
     torchrun = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "dtrain"]
@@ -122,10 +125,9 @@ def test_a_signal_to_torchrun_saves_and_run_json_says_so(tmp_path: Path, number:
     assert seconds < 20  # torchrun would kill after 30
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, id="SIGTERM", marks=SLOW), pytest.param(signal.SIGUSR1, id="SIGUSR1")]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_nproc_ends_with_the_exit_code_of_the_run(tmp_path: Path, number: signal.Signals) -> None:
     code, record, _ = interrupted(["dtrain", "train", *LONG_RUN, "--nproc", "2"], number, tmp_path)
     assert code == 75

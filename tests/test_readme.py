@@ -91,11 +91,11 @@ def test_every_file_that_the_readme_links_to_is_there() -> None:
 
 @pytest.mark.dist
 def test_its_training_commands_run(ranks: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand but for their length: on digits, three steps."""
+    """As they stand but for their length: on digits, three small steps."""
     monkeypatch.chdir(tmp_path)
     (net,) = (block for block in blocks("python") if block.startswith("# net.py"))
     (tmp_path / "net.py").write_text(net)
-    short = ["--dataset", "digits", "--steps", "3", "--recipe", "none"]
+    short = ["--dataset", "digits", "--steps", "3", "--recipe", "none", "--batch-size", "32"]
     trainings = [line[2:] for line in commands("dtrain") if line[1] == "train"]
     trainings += [line[line.index("dtrain") + 1 :] for line in commands("torchrun")]
     assert len(trainings) == 3
