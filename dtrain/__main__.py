@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -72,13 +73,17 @@ def _recorded(arguments: list[str]) -> None:
 def _tell(line: str, with_traceback: bool) -> None:
     if with_traceback:
         traceback.print_exc()
-    print(" ".join(line.split("\n")), file=sys.stderr)  # a plugin's own words may have several lines
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split("\n")), file=sys.stderr)  # a plugin's own words may have several lines
 
 
 def _leave(code: int, told: bool) -> None:
     """Exit. After an error among several processes at once: a gloo group waits for its peers while it is torn down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk, a reader that is gone: Python would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and told and (file := os.environ.get("DTRAIN_EXIT_CODE_FILE")):
         Path(file).write_text(str(code), encoding="ascii")  # for commands/launch.py
     if code and os.environ.get("WORLD_SIZE", "1") != "1":

@@ -13,7 +13,7 @@ import typer
 
 import dtrain
 from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, settings_fields, type_of
-from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError, UsageError, nearest
+from dtrain.errors import EXIT_STOPPED_UNSAVED, UsageError, nearest
 from dtrain.plugins import find
 from dtrain.ranges import flag_of
 from dtrain.run import trackers
@@ -44,6 +44,10 @@ app.add_typer(bench_app, name="bench", rich_help_panel=BESIDE)
 _arguments: list[str] = []  # the command line as given, for the processes that --nproc starts
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 QuickFlag = Annotated[bool, typer.Option("--quick", help="Fewer and shorter turns: a look, not a record.")]
+LoaderFlag = Annotated[str, typer.Option(help="auto, ffcv or memory")]
+DeviceFlag = Annotated[str | None, typer.Option(help="auto, cpu or cuda; the run's if not given")]
+DataDirFlag = Annotated[Path | None, typer.Option(help="where named sets are looked for; the run's if not given")]
+CacheDirFlag = Annotated[Path | None, typer.Option(help="where betons are kept; the run's if not given")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -191,18 +195,27 @@ def _config_show(settings: dict[str, Any], config: ConfigFile = None, json_: Jso
 config_app.command("show")(_with_train_flags(_config_show))
 
 
+def _here(**given: Any) -> dict[str, Any]:
+    """Where a run is looked at: settings that take the place of its own, as far as they are given."""
+    return {name: coerced(name, value) for name, value in given.items() if value is not None}
+
+
 @app.command("eval", rich_help_panel=LOOK)
 def _eval(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
     checkpoint: Annotated[str, typer.Option(help="last, best or a step")] = "last",
-    loader: Annotated[str, typer.Option(help="auto, ffcv or memory")] = "auto",
+    loader: LoaderFlag = "auto",
+    device: DeviceFlag = None,
+    data_dir: DataDirFlag = None,
+    cache_dir: CacheDirFlag = None,
     json_: JsonFlag = False,
 ) -> None:
     """Evaluate a run's checkpoint: exact counts, top-1 and top-5, per class."""
     from dtrain.commands.evaluate import evaluate_run, print_evaluation
+    from dtrain.files import finite
 
-    result = evaluate_run(run, checkpoint, loader=loader)
-    print(json.dumps(result)) if json_ else print_evaluation(result)
+    result = evaluate_run(run, checkpoint, _here(loader=loader, device=device, data_dir=data_dir, cache_dir=cache_dir))
+    print(json.dumps(finite(result))) if json_ else print_evaluation(result)
 
 
 @app.command("replay", rich_help_panel=LOOK)
@@ -210,13 +223,18 @@ def _replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
     step: Annotated[int, typer.Option(metavar="K", help="the step, as rows and log lines count them")],
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="folder for the pictures")] = None,
+    loader: LoaderFlag = "auto",
+    device: DeviceFlag = None,
+    data_dir: DataDirFlag = None,
+    cache_dir: CacheDirFlag = None,
     json_: JsonFlag = False,
 ) -> None:
     """Compute one step of a run again and look at it: losses, gradient, what is not finite, and its pictures."""
     from dtrain.commands.replay import print_replay, replay
     from dtrain.files import finite
 
-    result = replay(run, step, out)
+    here = _here(loader=loader, device=device, data_dir=data_dir, cache_dir=cache_dir)
+    result = replay(run, step, out, here)
     print(json.dumps(finite(result))) if json_ else print_replay(result)
 
 
@@ -344,6 +362,8 @@ def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
     parser = typer.Typer(add_completion=False)
     parser.command()(_with_train_flags(keep))
     typer.main.get_command(parser).main(args=arguments, prog_name="dtrain train", standalone_mode=False)
+    if not layers:  # --help, which has been printed
+        raise typer.Exit(0)
     settings, config = layers[0]
     if run is not None:
         config = run / RUN_CONFIG
@@ -411,4 +431,4 @@ def _bench_peers(
     main(networks=network or ["allcnn_c", "small"], turns=turns, data_dir=data_dir, quick=quick, as_json=json_)
 
 
-__all__ = ["DtrainError", "app", "run"]
+__all__ = ["app", "run"]

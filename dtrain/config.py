@@ -352,6 +352,11 @@ class TrainConfig:
             coerced(unknown[0], None)
         return cls(**table, origins=dict.fromkeys(table, "run"))
 
+    @classmethod
+    def elsewhere(cls, table: Mapping[str, Any], here: Mapping[str, Any]) -> TrainConfig:
+        """`stored`, to look at a run on another machine: `here` has its device, folders and loader."""
+        return cls.stored({**table, **here, "backend": "auto"})
+
     def origin(self, name: str) -> str:
         """Which layer the value of field `name` came from."""
         return self.origins.get(name, "default")

@@ -20,7 +20,6 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
-EXIT_DONE = 0
 EXIT_STOPPED_UNSAVED = 130
 
 

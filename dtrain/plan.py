@@ -164,10 +164,8 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
     per_epoch = train_size // batch
     total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
     warmup = round(config.warmup_epochs * per_epoch)
-    if config.origin("warmup_epochs") not in ("flag", "default"):
-        warmup = min(
-            warmup, total // 2
-        )  # a recipe's or an older run's, meant for its own length: a short trial keeps half
+    if warmup >= total and config.origin("warmup_epochs") not in ("flag", "default"):
+        warmup = total // 2  # a recipe's, meant for its own length; what fits means the same from every layer
     if warmup and warmup >= total:
         raise UsageError(
             f"--warmup-epochs {config.warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "

@@ -6,6 +6,7 @@ raises names its distribution and touches nobody else. The contract for authors 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -59,6 +60,16 @@ def find(kind: Kind, name: str) -> Plugin:
     wanted = bare.partition("/")[0] + "/*" if "/" in bare else bare
     chosen = _chosen(kind, name, wanted, listed(kind))
     return Plugin(kind, bare, chosen.distribution, chosen.version, chosen.value)
+
+
+def identity(plugin: Plugin) -> str:
+    """Distribution and version, or a file's name and a digest of its content: what a run was made with."""
+    if plugin.version != LOCAL:
+        return f"{plugin.distribution} {plugin.version}"
+    with contextlib.suppress(OSError):
+        content = Path(plugin.value.rpartition(":")[0]).read_bytes()
+        return f"{plugin.distribution} {hashlib.sha256(content).hexdigest()[:12]}"
+    return plugin.distribution  # which could not be loaded either
 
 
 def _chosen(kind: str, asked: str, wanted: str, plugins: Sequence[Plugin]) -> Plugin:

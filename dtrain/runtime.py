@@ -91,12 +91,11 @@ def decide(config: TrainConfig, *, local_rank: int, local_world: int, kept: dict
 def _precision(config: TrainConfig, on_cuda: bool, kept: object) -> tuple[str, str]:
     import torch
 
-    if config.amp_dtype == "float16" and not on_cuda:  # torch has no fast float16 convolutions for most processors
-        return "float16", "float16 as asked; on a CPU it can be a thousand times slower than bfloat16 or float32"
-    if config.amp_dtype != "auto":
-        return config.amp_dtype, f"{config.amp_dtype} as asked"
-    if isinstance(kept, str):
-        return kept, f"{kept} as this run began"
+    chosen, why = (config.amp_dtype, "as asked") if config.amp_dtype != "auto" else (kept, "as this run began")
+    if chosen == "float16" and not on_cuda:  # torch has no fast float16 convolutions for most processors
+        return "float16", f"float16 {why}; on a CPU it can be a thousand times slower than bfloat16 or float32"
+    if isinstance(chosen, str):
+        return chosen, f"{chosen} {why}"
     if on_cuda:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "bfloat16: this GPU has it"
@@ -116,7 +115,8 @@ def _threads(config: TrainConfig, local_world: int, kept: object) -> tuple[int, 
         return kept, f"{kept} threads as this run began"
     # not OMP_NUM_THREADS: torchrun sets it to 1 for every worker, however many cores there are
     share = max(1, usable // local_world)
-    return share, f"{share} threads = {usable} cores / {local_world} processes"
+    more = f"; not the {kept} with which this run began, so that it rounds otherwise" if kept else ""
+    return share, f"{share} threads = {usable} cores / {local_world} processes{more}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -144,4 +144,4 @@ def apply(runtime: Runtime, *, deterministic: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS to be deterministic
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)  # also off: a notebook may train twice

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
+from dtrain.data.cache import CONVERSION_SECONDS
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.errors import DivergedError, Stopped, StorageError, UsageError
 from dtrain.model import rehearsal
@@ -32,7 +33,8 @@ from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, check_batch, make_plan
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
-from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
+from dtrain.run.recorder import Recorder, open_recorder, path_of, refuse_other_data, resolved_before
+from dtrain.run.rundir import refuse_unwritable
 from dtrain.run.state import RunClock, Stopwatch, TrainState
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
@@ -67,6 +69,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
         try:
             machine = _join(config, world, at)
             dataset = console.converting(load_dataset(config))
+            world.wait_for_all("prepared", CONVERSION_SECONDS)  # each host may convert for itself, one for longer
             world.same(str(dataset.facts), f"data set {config.dataset}")
             plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
             resolved = {**asdict(machine), "world_size": world.size}
@@ -76,11 +79,14 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             opened.callback(recorder.close, console)
             run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
             run.state.seconds["start-up"] += time.monotonic() - started
-            summary = run.loop()
+            try:
+                summary = run.loop()
+            except Stopped:
+                world.leave()  # where that fails, it is told below
+                raise
             world.leave()
             return summary
         except Stopped as stopped:
-            world.leave()
             setattr(stopped, "told_elsewhere", not world.is_main)  # noqa: B010 - read by __main__, which prints
             raise
         except Exception as refused:
@@ -95,10 +101,14 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
 
 def _explained_memory(refused: Exception, plan: Plan | None) -> Exception:
     """An allocation that was refused, told with the batch to try."""
-    what = f"{type(refused).__name__}: {str(refused).splitlines()[0] if str(refused) else 'no more is known'}"
+    what = _in_short(refused)
     if plan is None:
         return UsageError(f"out of memory while the data set was prepared; it needs a larger machine ({what})")
     return UsageError(f"out of memory with {plan.micro_batch} images at a time a process; {plan.lighter()} ({what})")
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}"
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
@@ -110,6 +120,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
+    world.from_main(lambda: refuse_unwritable(path_of(config)))
     kept = world.from_main(lambda: resolved_before(config, at.size))
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
@@ -134,20 +145,18 @@ class Training:
     ) -> None:
         self.config, self.world, self.console, self.plan, self.recorder = config, world, console, plan, recorder
         self.dataset, self.split, self.stop_after = dataset, dataset.evaluation_split, stop_after
-        for line in (*machine.why, *plan.lines(config.lr)):
+        for line in (*machine.why, *dataset.left_out, *plan.lines(config.lr)):
             console.line(line)
         self.learner = learner_of(self._network(machine), config)
         self.network = self.learner.network
-        self.options = StepOptions(
-            plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip"
-        )
+        self.options = StepOptions.of(config, plan)
         parameters = sum(p.numel() for p in self.network.module.parameters())
         at = (self.network.dtype, self.network.device)
         self.loader = dataset.train_loader(config, plan, world.rank, *at)
         opened.callback(self.loader.close)
         self.chunks = dataset.chunks(config, world.rank, world.size, *at)
         opened.callback(self.chunks.loader.close)
-        console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.kind} reader")
+        console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.told} reader")
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
         # of this process since it was last read; the rest is in the state
@@ -162,8 +171,7 @@ class Training:
     def loop(self) -> Summary:
         """Train to the end. Raises Stopped after a save that was asked for."""
         config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
-        learner, network = self.learner, self.network
-        optimizer, scaler, ema = learner.optimizer, learner.scaler, learner.ema
+        learner = self.learner
         self.console.start(plan.total_steps, state.step)
         with world.listening():
             world.post(clock)
@@ -173,11 +181,11 @@ class Training:
                 self.act(self.evaluate(Ask()))
             while state.step < plan.total_steps and not state.reached:
                 batch = self.loader.batch(state.step)  # a function of (seed, step); prefetched
-                set_lr(optimizer, plan.lr_factor(state.samples))
+                set_lr(learner.optimizer, plan.lr_factor(state.samples))
                 seed_step(config.seed, state.step, world.rank)  # torch, numpy, random: dropout and the like
-                self.tally += train_step(network, optimizer, scaler, ema, batch, self.options)  # nothing is read here
+                self.tally += train_step(learner, batch, self.options)  # nothing is read here
                 state.advance(plan.batch_size_at(state.step))
-                ask = world.agreed(clock)  # signals and rank 0's clock: posted a step ago, read now
+                ask = world.agreed(clock, state.step)  # signals and rank 0's clock: posted a step ago, read now
                 if state.step == self.stop_after:
                     ask = Ask(stop=True)
                 if plan.logs_at(state.step):
@@ -199,7 +207,10 @@ class Training:
             if self.config.resume != "auto":  # which would go back once more, or begin another run
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
-            self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
+            try:
+                self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
+            except StorageError as error:  # the checkpoint is there, and that is what counts
+                self.console.warn(f"saved, but: {error}")
             self.console.stop()
             self.console.table("stopped", [*self._seconds(), ("to go on", again)])
             raise Stopped(f"stopped at step {state.step} by {reason}, saved; to go on: {again}")
@@ -279,12 +290,26 @@ class Training:
             return asked
         if self.network.device.type == "cuda":
             torch.cuda.synchronize(self.network.device)  # what is queued is training
-        with self.watch.away("eval"):
+        with self.watch.away("eval"), self._evaluation_explained():
             results, ask = evaluate(self.network, modules, self.chunks, self.world, self.clock)
         state.eval_due = results is None
         for weights, sums in (results or {}).items():
             self._record_evaluation(weights, sums)
         return Ask(save=ask.save or asked.save, stop=ask.stop)
+
+    @contextmanager
+    def _evaluation_explained(self) -> Iterator[None]:
+        """A refusal of memory, told with the setting that helps here."""
+        try:
+            yield
+        except Exception as refused:
+            if not runtime.is_out_of_memory(refused):
+                raise
+            images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
+            raise UsageError(
+                f"out of memory in an evaluation of {images} images at a time; try --eval-batch-size "
+                f"{max(1, images // 2)} ({_in_short(refused)})"
+            ) from None  # so that it is not taken for the training's
 
     def _record_evaluation(self, weights: str, sums: Sums) -> None:
         state = self.state
@@ -299,6 +324,7 @@ class Training:
             "hits5": sums.hits5,
             "images": sums.images,
             "loss": sums.loss,
+            "nonfinite_losses": sums.nonfinite,
             "clock": {"eval_seconds": state.seconds["eval"], "time": time.time()},
         }
         if state.best is None or sums.hits > state.best["hits"]:
@@ -307,6 +333,8 @@ class Training:
             state.reached = True
         self.recorder.row(row)
         self.console.evaluation(row)
+        if sums.nonfinite:
+            self.console.warn(f"the loss of {sums.nonfinite} images is not finite and no part of the mean")
 
     def save(self, *, essential: bool) -> None:
         """Write the checkpoint of this step. Collective.
@@ -398,7 +426,7 @@ class Training:
 
     def _resumed(self) -> TrainState:
         """Go on from the newest sound checkpoint: rank 0 finds and reads it, the others get its bytes. Collective."""
-        started, found = time.monotonic(), checkpoint.Found(None, 0, [])
+        started, found = time.monotonic(), checkpoint.Found(None, None, [])
 
         def read() -> checkpoint.Checkpoint | None:
             nonlocal found
@@ -408,7 +436,7 @@ class Training:
             if asked.parent.name == checkpoint.FOLDER:
                 checkpoint.undo_after(asked)
             found = checkpoint.newest(self.recorder.folder.checkpoints)
-            return checkpoint.load(found.path) if found.path is not None else None
+            return found.checkpoint
 
         saved = self.world.from_main(read)
         for path, reason in found.damaged:
@@ -416,15 +444,18 @@ class Training:
         if saved is None:
             if self.recorder.folder is not None:
                 self.recorder.folder.cut_back(0, evaluated=False)
-            self.recorder.event("start", 0)
+            self.recorder.event("start", 0, processes=self.world.size)
             return TrainState()
         refuse_other_data(self.config.dataset, was=saved.about, asked=self.dataset.facts)
         counts: dict[str, Any] = dict(saved.state)
         self.learner.restore(saved.parts, counts)
+        for kind, plugin in self.recorder.record.plugins.items():
+            if plugin != (was := saved.about["plugins"].get(kind)):
+                self.console.warn(f"{kind}: was {was}, is {plugin}; what follows need not be the run as it began")
         state = TrainState(**counts)
         if self.recorder.folder is not None:
             self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)
-        self.recorder.event("resume", state.step)
+        self.recorder.event("resume", state.step, processes=self.world.size)
         self.console.line(f"goes on at step {state.step}, read in {time.monotonic() - started:.1f} s")
         return state
 
@@ -435,10 +466,12 @@ def load_network(run: Path | str, step: int | None = None) -> nn.Module:
     Raises StorageError where there is none that is sound.
     """
     checkpoints = Path(run) / checkpoint.FOLDER
-    found = checkpoint.find(checkpoints).path if step is None else checkpoints / checkpoint.name_of(step)
-    if found is None:
+    if step is None:
+        saved = checkpoint.find(checkpoints).checkpoint
+    else:
+        saved = checkpoint.load(checkpoints / checkpoint.name_of(step))
+    if saved is None:
         raise StorageError(f"{run}: no sound checkpoint is there")
-    saved = checkpoint.load(found)
     about = saved.about
     config = TrainConfig.stored(about["config"])
     classes, channels, size = len(about["class_names"]), about["channels"], about["image_size"]

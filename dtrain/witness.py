@@ -12,13 +12,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import DtrainError, ProcessError
 
 BEAT_SECONDS = 1.0
+POLL_SECONDS = 0.005
+NO_STEP = "-"
 
 
 class Witness:
@@ -31,15 +32,28 @@ class Witness:
         store.set(f"where/{rank}", f"{_host()} {os.getpid()}")
         self.beat = _Beat(store, rank)
 
-    def all_at(self, point: str, timeout: timedelta) -> None:
-        """Wait until all processes have come here, or one has failed. Collective."""
+    def all_at(self, point: str, seconds: float) -> None:
+        """Wait until all processes have come here. Collective.
+
+        Raises the error that another process tells meanwhile; ProcessError after `seconds`, or as soon as one has
+        shown no sign of life at the end of a time-out.
+        """
         if self._store.add(point, 1) == self.size:
             self._store.set(f"all {point}", "")
-        self._store.wait([f"all {point}"], timeout)
-
-    def failed(self) -> DtrainError | None:
-        """The error that another process has told already, if any."""
-        return self.told_by_another() if self._store.check(["error"]) else None
+        now, pause = time.monotonic(), POLL_SECONDS
+        deadline, look_again = now + seconds, now + self.timeout_seconds
+        # asked again and again, since a client that waits in the store lets no beat through
+        while not self._store.check([f"all {point}"]):
+            if self._store.check(["error"]):
+                break
+            if (now := time.monotonic()) > look_again:
+                if now > deadline or not all(self._moving()):
+                    raise self.told_by_another() or self.silent()
+                look_again = min(deadline, time.monotonic() + self.timeout_seconds)
+            time.sleep(pause)
+            pause = min(2 * pause, BEAT_SECONDS / 4)
+        if self._store.check(["error"]) and (told := self.told_by_another()) is not None:
+            raise told
 
     def let_others_hear(self) -> None:
         """Say that this process knows; process 0, with which the store may go, waits two beats for the others to."""
@@ -60,7 +74,6 @@ class Witness:
                 return False
             code = error.exit_code if isinstance(error, DtrainError) else 1
             self._store.set("error", f"{code} {type(error).__name__}: {error}")
-            self._store.set("all ready", "")  # for those that wait for it
         except RuntimeError:  # the store is gone, with process 0
             return not isinstance(error, DtrainError)
         return True
@@ -86,21 +99,24 @@ class Witness:
     def _dead(self) -> Iterator[int]:
         """The processes of this host that are no more."""
         for rank in self._neighbours:
-            host, pid = self._store.get(f"where/{rank}").decode().rsplit(" ", 1)
+            host, _, pid = self._read(f"where/{rank}").rpartition(" ")
             if host == _host() and not _lives(int(pid)):
                 yield rank
+
+    def _read(self, key: str) -> str:
+        """What stands in the store; "" where nothing does: to ask for that would wait a time-out long."""
+        return str(self._store.get(key).decode()) if self._store.check([key]) else ""
 
     def _died(self) -> ProcessError | None:
         """What to say of the first process of this host that is no more, if any."""
         if (rank := next(self._dead(), None)) is None:
             return None
-        pid = self._store.get(f"where/{rank}").decode().split()[-1]
-        steps = self._store.get(f"beat/{rank}").decode().split()[0]
+        pid = self._read(f"where/{rank}").split()[-1]
         why = "if nobody killed it, memory may have run out: see dmesg"
         if killed_for_memory() > self._killed_before:
             why = "this host's kernel has killed a process for lack of memory meanwhile: try a smaller --batch-size"
         return ProcessError(
-            f"process {rank} of {self.size} (pid {pid}, seen after {steps} steps of this start) died without a word; "
+            f"process {rank} of {self.size} (pid {pid}, {self._seen(rank)}) died without a word; "
             f"{why}; run the same command again to go on from the last checkpoint"
         )
 
@@ -111,32 +127,37 @@ class Witness:
         """
         try:
             self._store.set(f"gave up/{self.rank}", "")
-            before = self._beats()
-            time.sleep(2.5 * BEAT_SECONDS)
-            after = self._beats()
+            moving = self._moving()
             waiting = [rank for rank in range(self.size) if not self._store.check([f"gave up/{rank}"])]
+            silent = [rank for rank in waiting if not moving[rank]] or waiting or range(self.size)
+            listed = ", ".join(f"{rank} ({self._seen(rank)})" for rank in silent[:8])
         except RuntimeError:
             return ProcessError("process 0, which keeps the store, went away; run the same command again to go on")
-        silent = [rank for rank in waiting if after[rank] == before[rank]] or waiting or range(self.size)
-        listed = ", ".join(f"{rank} (seen after {after[rank][0]} steps of this start)" for rank in silent[:8])
         return ProcessError(
             f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
             "run the same command again to go on from the last checkpoint"
         )
 
-    def _beats(self) -> list[tuple[int, int]]:
-        beats = []
-        for rank in range(self.size):
-            count, tick = self._store.get(f"beat/{rank}").decode().split()
-            beats.append((int(count), int(tick)))
-        return beats
+    def _moving(self) -> list[bool]:
+        """Which processes show a sign of life within two beats and a half."""
+        before = [self._read(f"beat/{rank}") for rank in range(self.size)]
+        time.sleep(2.5 * BEAT_SECONDS)
+        return [self._read(f"beat/{rank}") != beat for rank, beat in enumerate(before)]
+
+    def _seen(self, rank: int) -> str:
+        """How far a process came, in words."""
+        beat = self._read(f"beat/{rank}")
+        if not beat:
+            return "it never came"
+        step = beat.split()[0]
+        return "seen before its first step" if step == NO_STEP else f"seen at step {step}"
 
 
 class _Beat:
     """A thread that writes this process's progress to the store each second, so that a laggard can be named."""
 
     def __init__(self, store: Any, rank: int) -> None:
-        self.count = 0
+        self.step = NO_STEP
         self._store, self._key, self._tick = store, f"beat/{rank}", 0
         self._stopped = threading.Event()
         self._write()
@@ -145,7 +166,7 @@ class _Beat:
 
     def _write(self) -> None:
         self._tick += 1
-        self._store.set(self._key, f"{self.count} {self._tick}")
+        self._store.set(self._key, f"{self.step} {self._tick}")
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):

@@ -135,7 +135,15 @@ class World:
         neighbours = range(first, min(first + self._at.local_size, self.size))
         store = PrefixStore("dtrain", client)
         self._witness = Witness(store, self.rank, self.size, neighbours, self.timeout_seconds)
-        self._witness.all_at("met", timeout)  # who fails now has somebody to tell
+        self._witness.all_at("met", self.timeout_seconds)  # who fails now has somebody to tell
+
+    def wait_for_all(self, point: str, seconds: float) -> None:
+        """Wait in the store until all have come to `point`, for what may take longer than a collective may.
+
+        Raises the error of one that has failed, and ProcessError after `seconds` or for one that shows no life.
+        """
+        if self._witness is not None:
+            self._witness.all_at(point, seconds)
 
     def join(self, backend: str) -> None:
         """Make the default group and the gloo group for agreement, once all have met and none has failed. Collective.
@@ -147,9 +155,7 @@ class World:
         import torch.distributed as dist
 
         timeout = timedelta(seconds=self.timeout_seconds)
-        self._witness.all_at("ready", timeout)
-        if (told := self._witness.failed()) is not None:
-            raise told
+        self.wait_for_all("ready", self.timeout_seconds)
         # NCCL's watchdog ends a process that waits too long: later than gloo, whose error tells who fell silent
         patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
         store = self._default_store
@@ -212,10 +218,13 @@ class World:
         work = dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
         self._posted = (work, wishes)
 
-    def agreed(self, clock: Clock) -> Ask:
-        """What was posted a step ago, by all; and post anew. Collective; waits for what is a step old."""
-        if self._witness is not None:
-            self._witness.beat.count += 1
+    def agreed(self, clock: Clock, step: int | None = None) -> Ask:
+        """What was posted a step ago, by all; and post anew. Collective; waits for what is a step old.
+
+        step: how many are done, for the others to know; None leaves it, as in an evaluation.
+        """
+        if self._witness is not None and step is not None:
+            self._witness.beat.step = str(step)
         ask = self._read_posted()
         if not ask.stop:
             self.post(clock)
@@ -369,7 +378,7 @@ def _choose_interface() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        except OSError:
+        except (OSError, LookupError, ValueError):  # `meet` tells
             return
         address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():

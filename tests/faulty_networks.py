@@ -104,6 +104,18 @@ class _Hungry(_Faulty):
         torch.empty(1 << 50)
 
 
+class _HungryForMany(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = small(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 64:
+            torch.empty(1 << 50)
+        output: Tensor = self.network(images)
+        return output
+
+
 class _Counts(nn.Module):
     """Keeps a buffer out of its state dict; `goes_on`: and changes it in each pass, not only in the first."""
 
@@ -136,3 +148,7 @@ def slow_to_build(num_classes: int) -> nn.Module:
     print("building", flush=True)
     time.sleep(60)
     return small(num_classes)
+
+
+def hungry_for_many(num_classes: int) -> nn.Module:
+    return _HungryForMany(num_classes)

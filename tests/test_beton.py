@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from dtrain.commands import data
 from dtrain.config import Conversion
 from dtrain.data.beton import Beton, open_beton, verify_beton
 from dtrain.data.cache import convert, prepare
 from dtrain.data.format import ALLOCATION, FIELD, HEADER, PAGE, SAMPLE, VERSION
-from dtrain.data.memory_reader import MemoryReader
+from dtrain.data.loader import open_loader
 from dtrain.data.named import arrays
 from dtrain.data.pictures import BadPicture, Source, Split
 from dtrain.errors import DataError, ProcessError, StorageError, UsageError
@@ -248,8 +249,22 @@ def test_ffcv_reads_jpegs_within_the_error_of_jpeg(jpeg: Path) -> None:
 
 
 def test_without_ffcv_one_line_says_what_to_do_about_jpegs(jpeg: Path) -> None:
-    with pytest.raises(UsageError, match=r"stored as JPEG, which FFCV alone reads: pip install 'dtrain\[ffcv\]', or"):
-        MemoryReader(open_beton(jpeg / "train.beton"), [], 1)
+    with pytest.raises(
+        UsageError, match=r"stored as JPEG, which FFCV alone reads: pip install 'dtrain\[ffcv\]', leave"
+    ):
+        open_loader(
+            open_beton(jpeg / "train.beton"),
+            lambda step: None,
+            kind="memory",
+            image_size=SIZE,
+            channels=3,
+            augmentation=None,
+            mean=(0.5,),
+            std=(0.5,),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            largest=1,
+        )
 
 
 JPEG_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -777,3 +792,9 @@ def test_digits_have_the_same_bytes_on_every_machine(tmp_path: Path) -> None:
         "train": "365e2df75cbce666",
         "test": "f035ff131156add5",
     }
+
+
+def test_a_file_that_is_no_picture_does_not_make_another_data_set(tmp_path: Path) -> None:
+    without = converted(tmp_path / "a", source_of(smooth(50), smooth(2)))
+    beside = replace(source_of(smooth(50), smooth(2)), passed_by=("train/cat/Thumbs.db",))
+    assert converted(tmp_path / "b", beside).digest == without.digest

@@ -157,9 +157,12 @@ def test_the_newest_sound_one_is_used_and_the_damaged_ones_are_named_and_set_asi
         else:
             file.write_bytes({"flipped": content, "cut": content[:-1], "empty": b""}[damage])
     looked = checkpoint.find(tmp_path)
-    assert (looked.step, [path.name for path, _ in looked.damaged]) == (100, ["step-00000300", "step-00000200"])
+    assert (looked.checkpoint.step, [path.name for path, _ in looked.damaged]) == (
+        100,
+        ["step-00000300", "step-00000200"],
+    )
     found = checkpoint.newest(tmp_path)
-    assert (found.path, found.step) == (tmp_path / "step-00000100", 100)
+    assert (found.path, found.checkpoint.step) == (tmp_path / "step-00000100", 100)
     assert [path.name for path, _ in found.damaged] == ["step-00000300.damaged", "step-00000200.damaged"]
     assert all(name in reason for _, reason in found.damaged)
     assert checkpoint.listed(tmp_path) == [100]
@@ -169,12 +172,12 @@ def test_the_newest_sound_one_is_used_and_the_damaged_ones_are_named_and_set_asi
 def test_a_folder_renamed_to_another_step_is_not_that_step(tmp_path: Path) -> None:
     save(tmp_path, 100).rename(tmp_path / "step-00000900")
     found = checkpoint.newest(tmp_path)
-    assert (found.path, found.step) == (None, 0)
+    assert (found.path, found.checkpoint) == (None, None)
     assert found.damaged == [(tmp_path / "step-00000900.damaged", "manifest.json is of step 100")]
 
 
 def test_where_nothing_was_saved_nothing_is_found(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "checkpoints") == checkpoint.Found(None, 0, [])
+    assert checkpoint.newest(tmp_path / "checkpoints") == checkpoint.Found(None, None, [])
 
 
 # -- what is hostile -------------------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def test_hostile_safetensors_whose_digests_match_are_refused_by_the_parser(tmp_p
     sign(path)
     with pytest.raises(StorageError, match="network.safetensors is not a safetensors file"):
         checkpoint.load(path)
-    assert checkpoint.newest(tmp_path).step == 1
+    assert checkpoint.newest(tmp_path).checkpoint.step == 1
 
 
 def test_pickles_are_refused_and_never_run(tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ def test_links_pipes_and_folders_in_the_place_of_files_are_refused(tmp_path: Pat
 def test_a_link_to_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "step-00000002").symlink_to(save(tmp_path, 1))
     found = checkpoint.newest(tmp_path)
-    assert (found.step, found.damaged[0][1]) == (1, "step-00000002 is a link")
+    assert (found.checkpoint.step, found.damaged[0][1]) == (1, "step-00000002 is a link")
     assert checkpoint.verify(tmp_path / "step-00000001") is None
 
 
@@ -393,7 +396,7 @@ def test_kill_9_in_the_middle_of_a_save_costs_this_save_and_no_other(tmp_path: P
         found = checkpoint.newest(folder)
         assert found.path is not None
         assert found.damaged == []
-        assert found.step in (last_begun - 1, last_begun)
+        assert found.checkpoint.step in (last_begun - 1, last_begun)
         assert not any(folder.glob(".*"))
     assert interrupted > 0  # some of the 16 kills fell into a save
 
@@ -421,7 +424,7 @@ def test_a_disk_that_takes_no_more_leaves_the_older_one_and_nothing_else(tmp_pat
         f"cannot save checkpoint {tmp_path}/step-00000002: File too large; free some space or lower --keep\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    assert checkpoint.newest(tmp_path).step == 1
+    assert checkpoint.newest(tmp_path).checkpoint.step == 1
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error_that_names_it(tmp_path: Path) -> None:

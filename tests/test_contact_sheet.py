@@ -114,3 +114,9 @@ def test_settings_come_from_flags_or_from_a_run(ranks: Warm, tmp_path: Path) -> 
     ):
         (result,) = ranks(["data", "show", *asked], world=1)
         assert (result.code, told in result.err) == (2, True), result.err
+
+
+def test_help_of_the_flags_behind_the_dashes_is_help(ranks: Warm) -> None:
+    (result,) = ranks(["data", "show", "--", "--help"], world=1)
+    assert result.code == 0, result.err
+    assert "--mixup" in result.out

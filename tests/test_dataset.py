@@ -57,6 +57,16 @@ def first_chunk(data: DataSet, **settings: Any) -> Pixels:
     return images
 
 
+def test_every_start_says_what_was_left_out_at_the_conversion(tmp_path: Path) -> None:
+    folder = pets(tmp_path / "pets")
+    (folder / "train/cat/9.png").write_bytes(b"no picture")
+    told = "left out of train, since they cannot be decoded: 1; `dtrain data inspect` lists them"
+    for _ in range(2):
+        assert loaded(folder, tmp_path / "cache", bad_images="skip").left_out == [told]
+    (folder / "train/cat/9.png").unlink()
+    assert loaded(folder, tmp_path / "cache", bad_images="skip").left_out == []
+
+
 # -- channels --------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ def test_exit_codes_are_those_that_scripts_rely_on() -> None:
         "Stopped": 75,
     }
     assert {name: getattr(errors, name).exit_code for name in codes} == codes
-    assert (errors.EXIT_DONE, errors.EXIT_STOPPED_UNSAVED) == (0, 130)
+    assert errors.EXIT_STOPPED_UNSAVED == 130
 
 
 def test_every_error_is_a_dtrain_error_and_stands_in_the_drawing_with_its_code() -> None:

@@ -53,7 +53,8 @@ INSIDE = (
     (
         ("dtrain.model.evaluation", "dtrain.model.rehearsal"),
         ("dtrain.model.step",),
-        ("dtrain.model.metrics", "dtrain.model.nonfinite"),
+        ("dtrain.model.learner",),
+        ("dtrain.model.metrics", "dtrain.model.network", "dtrain.model.nonfinite", "dtrain.model.optimization"),
     ),
 )
 DOORS = {

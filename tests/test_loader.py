@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_beton import Pixels, converted, finished, pixels_of, source_of
 from test_pixels import MEAN, STD, reference, written
+from warm import Warm
 
 from dtrain import keyed
 from dtrain.config import TrainConfig
@@ -570,3 +571,29 @@ def test_ffcv_leaves_numba_s_types_as_they_are(beton: Beton) -> None:
         loader.batch(0)
     assert numba.uint8[::1] is flat
     assert flat.mutable
+
+
+def test_where_ffcv_cannot_be_imported_memory_takes_its_place_and_says_why(ranks: Warm) -> None:
+    auto, asked = ranks.call("test_loader:without_opencv", 1)[0]
+    assert auto == ("memory", "memory (FFCV cannot be imported: libopencv_core.so.4: cannot open shared object file)")
+    assert asked.startswith("--loader ffcv: FFCV cannot be imported (libopencv_core.so.4: cannot open")
+
+
+def without_opencv() -> tuple[tuple[str, str], str]:
+    """What the loader chooses where a library that FFCV needs is gone."""
+    import importlib.abc
+    import sys
+
+    from dtrain.data.loader import _chosen
+
+    class Gone(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+            if name == "ffcv.loader" or name == "ffcv.fields":
+                raise ImportError("libopencv_core.so.4: cannot open shared object file")
+
+    sys.meta_path.insert(0, Gone())
+    try:
+        _chosen("ffcv")
+    except UsageError as error:
+        return _chosen("auto"), str(error)
+    return _chosen("auto"), ""

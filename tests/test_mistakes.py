@@ -8,10 +8,12 @@ run in a directory, unequal weights and parameters without gradient in test_trai
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +122,12 @@ def test_a_mistake_is_one_line(run: Run, flags: str, world: int, code: int, word
     line = run.refused(code, *flags.format(folder=run.folder).split(), world=world)
     for word in words:
         assert word.format(folder=run.folder) in line
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_converted(run: Run) -> None:
+    (run.folder / "file").write_text("")
+    run.refused(6, "--output", run.folder / "file" / "run", "--cache-dir", run.folder / "cache", world=2)
+    assert not (run.folder / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -245,8 +253,9 @@ def test_a_process_that_is_killed_is_named_at_once(run: Run) -> None:
     results = job.wait(20)
     assert time.monotonic() - started < 4
     assert [result.code for result in results] == [4, -signal.SIGKILL]
-    assert results[0].err.startswith(f"error: process 1 of 2 (pid {job.pids[1]}, seen after ")
-    assert "died without a word; " in results[0].err
+    # its step is written once a second
+    seen = r"seen (at step \d+|before its first step)"
+    assert re.match(rf"error: process 1 of 2 \(pid {job.pids[1]}, {seen}\) died without a word; ", results[0].err)
     assert "memory" in results[0].err
     assert results[0].err.endswith("; run the same command again to go on from the last checkpoint\n")
     assert read_record(run.path).exit_code == 4  # type: ignore[union-attr]
@@ -265,9 +274,7 @@ def test_a_death_for_lack_of_memory_is_told_where_the_kernel_tells_it() -> None:
         store.set("where/1", f"{_host()} {gone.pid}")
         store.set("beat/1", "7 9")
         told = str(witness.told_by_another())
-        assert told.startswith(
-            f"process 1 of 2 (pid {gone.pid}, seen after 7 steps of this start) died without a word; "
-        )
+        assert told.startswith(f"process 1 of 2 (pid {gone.pid}, seen at step 7) died without a word; ")
         assert "if nobody killed it, memory may have run out" in told
         witness._killed_before = killed_for_memory() - 1  # as if the kernel had killed one since
         assert "this host's kernel has killed a process for lack of memory meanwhile" in str(witness.told_by_another())
@@ -439,3 +446,98 @@ def test_a_disk_that_stays_full_ends_the_run_with_6_when_it_can_wait_no_longer(r
     *warnings, line = result.err.splitlines()
     assert line.startswith("error: cannot ")
     assert all("not saved: " in warning for warning in warnings)
+
+
+# -- who meets whom ----------------------------------------------------------------------------------------------------
+
+
+def prepared(late_seconds: float, missing: int = 0) -> str:
+    """What comes of it when process 1 takes longer than --dist-timeout, or some never come."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+
+    from dtrain.world import Place, World, place
+
+    at, store = place(), None
+    at = Place(at.rank, at.size + missing, at.rank, at.size + missing)
+    if missing:  # torchrun's own store, which waits for nobody
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=True, wait_for_workers=False) if at.is_main else None
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    world = World(at, 2.0)
+    try:
+        world.meet()
+        world.join("gloo")
+        if at.rank == 1:
+            time.sleep(late_seconds)
+        world.wait_for_all("prepared", 30.0)
+    except Exception as error:
+        return str(world.explained(error))
+    world.leave()
+    del store
+    return "met"
+
+
+@pytest.mark.dist
+def test_a_conversion_may_take_longer_than_a_collective_on_one_host(ranks: Warm) -> None:
+    assert ranks.call("test_mistakes:prepared", 2, {"late_seconds": 5.0}) == ["met", "met"]
+
+
+@pytest.mark.dist
+def test_a_process_that_never_comes_is_named_within_the_limit(ranks: Warm) -> None:
+    started = time.monotonic()
+    told = ranks.call("test_mistakes:prepared", 2, {"late_seconds": 0.0, "missing": 1})
+    assert time.monotonic() - started < 2 + 10
+    assert all("process 2 (it never came) of 3 stopped answering (--dist-timeout 2)" in line for line in told), told
+
+
+# -- what was run before -----------------------------------------------------------------------------------------------
+
+
+def test_a_network_file_that_was_changed_is_told_and_one_that_does_not_fit_is_refused(run: Run) -> None:
+    text = (HERE / "small_network.py").read_text()
+    file = run.folder / "net.py"
+    file.write_text(text)
+    flags = ("--arch", f"{file}:small", "--batch-size", 48)
+    assert run.go(*flags)[0].code == 0
+    file.write_text(text + "\n# a remark\n")
+    (changed,) = run.go(*flags)
+    assert changed.code == 0, changed.err
+    assert re.search(
+        r"warning: architecture: was net\.py \w{12}, is net\.py \w{12}; what follows need not", changed.err
+    )
+    file.write_text(text + WIDER)
+    (refused,) = run.go(*flags)
+    assert refused.code == 2
+    assert "the network is not the one that this run began with (Error(s) in loading" in refused.err.splitlines()[-1]
+
+
+WIDER = """
+before = small
+
+
+def small(num_classes: int, *, in_channels: int = 3) -> nn.Module:
+    return nn.Sequential(before(num_classes, in_channels=in_channels), nn.Linear(num_classes, num_classes))
+"""
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_told_with_its_own_setting(run: Run) -> None:
+    line = run.refused(2, "--arch", f"{FAULTY}:hungry_for_many", "--batch-size", 64)
+    assert "out of memory in an evaluation of 360 images at a time; try --eval-batch-size 180" in line, line
+
+
+def test_a_dataset_that_changed_is_not_evaluated(run: Run) -> None:
+    data = pictures(run.folder / "pictures", {"cat": 4, "dog": 4})
+    assert run.go("--dataset", data, "--batch-size", 4)[0].code == 0
+    (data / "train" / "dog" / "0.png").unlink()
+    (refused,) = run._ranks(["eval", run.path], world=1)
+    assert refused.code == 3
+    assert "is not the data set that this run began with" in refused.err
+
+
+def test_what_is_shown_nowhere_ends_no_run(run: Run) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dtrain", "train", *map(str, run.argv("--batch-size", 64))], stdout=full, stderr=full
+        )
+    assert done.returncode == 0
+    assert read_record(run.path).status == "finished"  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def batch(seed: int, *, poison: bool = False) -> Batch:
 
 def by_reading(one: Learner, of: Batch) -> bool:
     torch.manual_seed(3)
-    return bool(train_step(one.network, one.optimizer, one.scaler, one.ema, of, SKIP).skipped)
+    return bool(train_step(one, of, SKIP).skipped)
 
 
 def by_selection(one: Learner, of: Batch) -> bool:
@@ -65,7 +66,7 @@ def by_selection(one: Learner, of: Batch) -> bool:
     buffers = Before(one.network.module.buffers())
     backward(one.network, one.scaler, of, SKIP)
     skipped = gradients_not_finite(one.network.module)
-    apply_unless(skipped, one.network, one.optimizer, one.scaler, one.ema, SKIP.clip_grad)
+    apply_unless(skipped, one, SKIP.clip_grad)
     buffers.put_back(skipped)
     return bool(skipped)
 
@@ -108,14 +109,14 @@ class Reads(TorchDispatchMode):
 def test_a_step_by_selection_reads_nothing_but_for_a_runs_first(optimizer: str) -> None:
     one, skipped = learner(optimizer), torch.tensor(False)
     backward(one.network, one.scaler, batch(0), SKIP)
-    network = (one.network, one.optimizer, one.scaler)
+    one = replace(one, ema=None)
     with Reads() as first:
-        apply_unless(skipped, *network, None, 1.0)
+        apply_unless(skipped, one, 1.0)
     with Reads() as second:
-        apply_unless(skipped, *network, None, 1.0)
+        apply_unless(skipped, one, 1.0)
     tally = Tally(CPU, 8)
     with Reads() as tallied:
-        tally += train_step(*network, None, batch(1), StepOptions(4, 0.1, 1.0))
+        tally += train_step(one, batch(1), StepOptions(4, 0.1, 1.0))
     assert (first.count, second.count, tallied.count) == (1, 0, 0)
 
 
@@ -126,10 +127,10 @@ def test_what_an_optimizer_keeps_on_the_host_is_refused_where_it_cannot_be_put_b
             self.state[self.param_groups[0]["params"][0]]["steps"] = 1
 
     one = learner("sgd")
-    network = one.network.module
+    other = replace(one, optimizer=Counting(one.network.module.parameters()), ema=None)
     backward(one.network, one.scaler, batch(0), SKIP)
     with pytest.raises(UsageError, match="Counting keeps 'steps' on the host.*; give --opt-opt fused=true"):
-        apply_unless(torch.tensor(False), one.network, Counting(network.parameters()), one.scaler, None, None)
+        apply_unless(torch.tensor(False), other, None)
 
 
 def test_an_infinite_loss_with_a_finite_gradient_makes_the_gradient_not_finite_too() -> None:
@@ -162,7 +163,7 @@ def test_the_first_fault_is_kept_and_the_streak_outlives_a_read() -> None:
     plain = StepOptions(4, 0.1, None)
     for number, poison in enumerate([False, True, False, True, True]):
         options = SKIP if poison else plain
-        tally += train_step(one.network, one.optimizer, one.scaler, one.ema, batch(number, poison=poison), options)
+        tally += train_step(one, batch(number, poison=poison), options)
     fault = tally.first_fault(world)
     assert (fault.steps_ago, fault.positions) == (3, [4, 5, 6, 7])  # batch norm: the whole micro-batch
     assert (int(tally.streak), int(tally.longest)) == (2, 3)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
@@ -161,3 +163,12 @@ def test_a_recipes_warm_up_gives_way_to_a_short_trial() -> None:
     config = TrainConfig.of(arch="allcnn_c", dataset="digits", steps=6)  # its recipe warms up for a whole epoch
     assert config.origin("warmup_epochs").startswith("recipe")
     assert make_plan(config, train_size=DIGITS, world_size=1).warmup_samples == 3 * config.batch_size
+
+
+def test_a_warm_up_that_fits_means_the_same_from_a_flag_and_from_a_run_that_is_resumed(tmp_path: Path) -> None:
+    given = TrainConfig.of(arch="allcnn_c", dataset="digits", epochs=10, warmup_epochs=6)
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(given.settings()))
+    resumed = TrainConfig.of(resume=str(tmp_path))
+    stored = TrainConfig.stored(given.settings())
+    plans = [make_plan(config, train_size=DIGITS, world_size=1) for config in (given, resumed, stored)]
+    assert [made.warmup_samples for made in plans] == [6 * plans[0].steps_per_epoch * given.batch_size] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def train(ranks: Warm, run: Path, cache: Path, *, world: int) -> None:
+def train(ranks: Warm, run: Path, cache: Path, *more: object, world: int) -> None:
     flags = ["--arch", SMALL, "--dataset", "digits", "--recipe", "none", "--steps", STEPS, "--batch-size", 48, "--flip"]
     flags += ["--lr", "0.1", "--grad-accum-steps", 2, "--ema", "0.9", "--clip-grad", 1, "--shift", 2, "--threads", 1]
     flags += ["--amp-dtype", "float32", "--loader", "memory", "--log-interval", 1, "--eval-every", "end"]
     flags += ["--checkpoint-every", "3steps", "--keep", 1, "--cache-dir", cache, "--output", run]
-    assert {result.code for result in ranks(flags, world=world)} == {0}
+    assert {result.code for result in ranks([*flags, *more], world=world)} == {0}
 
 
 def replayed(ranks: Warm, run: Path, step: int, *flags: object) -> Result:
@@ -89,3 +90,13 @@ def test_a_step_of_two_processes_is_computed_again_by_one_up_to_rounding(
     # with the other process's dropout it would be off by a tenth
     assert found["loss"] == pytest.approx(losses(run)[STEPS], abs=1e-4)
     assert "2 processes one after the other, so rounding may differ" in replayed(ranks, run, STEPS).out
+
+
+def test_a_step_is_replayed_on_the_processes_that_made_it(ranks: Warm, tmp_path: Path, cache: Path) -> None:
+    run = tmp_path / "run"
+    train(ranks, run, cache, "--keep", 9, world=2)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    train(ranks, run, cache, "--keep", 9, world=1)  # goes on at step 3
+    for step, processes in ((3, 2), (4, 1)):
+        result = replayed(ranks, run, step, "--json")
+        assert json.loads(result.out)["processes"] == processes

@@ -106,13 +106,11 @@ def test_config_toml_holds_the_settings_as_toml_reads_them(run: RunDir) -> None:
 
 def test_the_record_comes_back_and_holds_no_nan(run: RunDir) -> None:
     assert rundir.read_record(run.path) is None
-    record = Record(
-        "failed", 640, 5, "loss is not finite", "step-00000600", ["dtrain", "--arch", "x"], summary={"n": 1}
-    )
+    record = Record("failed", 640, 5, "loss is not finite", "step-00000600", ["dtrain", "--arch", "x"])
     run.write_record(record)
     assert rundir.read_record(run.path) == record
-    run.write_record(Record("running", summary={"loss": float("nan")}))
-    assert json.loads((run.path / "run.json").read_text())["summary"] == {"loss": None}
+    run.write_record(Record("running", resolved={"loss": float("nan")}))
+    assert json.loads((run.path / "run.json").read_text())["resolved"] == {"loss": None}
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,14 @@ def test_a_folder_with_a_pipe_a_broken_link_or_an_empty_class_is_refused(tmp_pat
             digest_of(locate(str(folder), tmp_path))
 
 
+def test_a_tar_with_an_empty_class_is_refused(tmp_path: Path) -> None:
+    folders = [special(f"./{part}/{name}", tarfile.DIRTYPE) for part in ("train", "test") for name in ("cat", "dog")]
+    tar = write_tar(tmp_path / "pets.tar", contents(), *folders)
+    assert find_source(str(tar), tmp_path).class_names == ("cat", "dog")
+    tar = write_tar(tmp_path / "pets.tar", contents(), *folders, special("./train/fox", tarfile.DIRTYPE))
+    assert "pets.tar: train/fox/ is an empty folder; fill or remove it" in refusal(tar, tmp_path)
+
+
 def test_the_real_images_of_the_excerpt_are_those_that_pillow_reads(shared_data: Path, tmp_path: Path) -> None:
     path = shared_data / "cifar10_excerpt.tar.xz"
     source = find_source(str(path), tmp_path)
@@ -683,3 +691,15 @@ def test_without_a_network_one_line_says_what_was_looked_for_where_and_names_dig
     ):
         assert words in line
     assert [path for path in (tmp_path / "data").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_two_tars_of_one_name_size_and_time_are_two_data_sets(tmp_path: Path) -> None:
+    digests = set()
+    for fold in ("a", "b"):
+        tar = tmp_path / fold / "pets.tar"
+        tar.parent.mkdir()
+        write_tar(tar, {name: png(np.full((4, 4, 3), ord(fold), np.uint8)) for name in FILES})
+        os.utime(tar, (1_000_000_000, 1_000_000_000))
+        digests.add((tar.stat().st_size, digest_of(locate(str(tar), tmp_path), tmp_path / "memo")))
+    assert len({size for size, _ in digests}) == 1
+    assert len(digests) == 2

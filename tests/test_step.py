@@ -17,6 +17,7 @@ from warm import Warm
 
 from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
+from dtrain.model.learner import Learner
 from dtrain.model.metrics import LOSS_UNIT, Sums, Tally, no_sums, sums_of
 from dtrain.model.network import Network, average_of
 from dtrain.model.optimization import build_optimizer, pack, unpack
@@ -51,7 +52,7 @@ def stepped(
     network = Network(module, module, dtype, CPU)
     optimizer = torch.optim.SGD(module.parameters(), lr=lr)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return module, train_step(network, optimizer, scaler, ema, batch(), options).sums
+    return module, train_step(Learner(network, optimizer, scaler, ema), batch(), options).sums
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
@@ -121,7 +122,8 @@ def test_a_step_takes_mixed_labels_in_micro_batches() -> None:
         optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
         mixed = Batch(plain_batch.images, shares, plain_batch.indices, plain_batch.checksum)
         network = Network(module, module, torch.float32, CPU)
-        sums = train_step(network, optimizer, scaler, None, mixed, StepOptions(micro_batch, 0.1, None)).sums
+        learner = Learner(network, optimizer, scaler, None)
+        sums = train_step(learner, mixed, StepOptions(micro_batch, 0.1, None)).sums
         moved.append((module, sums))
     (one, sums_of_one), (parts, sums_of_parts) = moved
     assert distance(one, plain()) > 0
@@ -293,7 +295,8 @@ def shares() -> dict[str, Any]:
     mine = Batch(whole.images[share], whole.labels[share], whole.indices[share], whole.checksum)
     optimizer = torch.optim.SGD(network.module.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    sums = train_step(network, optimizer, scaler, None, mine, StepOptions(24 // at.size // 4, 0.0, None)).sums
+    learner = Learner(network, optimizer, scaler, None)
+    sums = train_step(learner, mine, StepOptions(24 // at.size // 4, 0.0, None)).sums
     weights = torch.cat([p.detach().flatten() for p in network.module.parameters()])
     world.leave()
     return {"weights": weights.tolist(), "sums": sums.tolist(), "reduces": reduces}
@@ -311,11 +314,11 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(skip: bool) -> None:
     there = Batch(cpu.images.cuda(), cpu.labels.cuda(), cpu.indices, cpu.checksum.cuda())
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     tally, options = Tally(torch.device("cuda"), 24), StepOptions(24, 0.1, 5.0, skip_nonfinite=skip)
-    ema = average_of(module, 0.9)
-    tally += train_step(network, optimizer, scaler, ema, there, options)
+    learner = Learner(network, optimizer, scaler, average_of(module, 0.9))
+    tally += train_step(learner, there, options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tally += train_step(network, optimizer, scaler, ema, there, options)
+        tally += train_step(learner, there, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -324,3 +327,10 @@ def test_the_checkout_is_what_is_tested() -> None:
     import dtrain
 
     assert Path(dtrain.__file__).parents[1] == Path(__file__).parents[1]
+
+
+def test_the_mean_of_no_finite_loss_is_no_number() -> None:
+    losses = torch.tensor([math.nan, math.inf])
+    sums = Sums.of(sums_of(losses, torch.zeros(2, 3), torch.tensor([0, 1]), top5=False).tolist())
+    assert math.isnan(sums.loss)
+    assert sums.nonfinite == 2

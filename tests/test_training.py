@@ -203,8 +203,9 @@ def test_killed_at_any_moment_while_it_saves_each_step_no_checkpoint_is_lost(run
         job.kill()
         found = checkpoint.find(folder)
         assert found.damaged == []
-        assert found.step > reached
-        reached = found.step
+        assert found.checkpoint is not None
+        assert found.checkpoint.step > reached
+        reached = found.checkpoint.step
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run: Run) -> None:
@@ -270,7 +271,7 @@ def test_a_process_that_falls_silent_is_named_within_the_time_limit(run: Run) ->
     while job.codes()[0] is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert job.codes() == [4, None], job.report()
-    assert "error: process 1 (seen after 0 steps" in job.err(0)
+    assert "error: process 1 (seen before its first step" in job.err(0)
     assert "--dist-timeout 4" in job.err(0)
     assert run.record["exit_code"] == 4
 

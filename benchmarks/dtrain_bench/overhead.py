@@ -27,7 +27,7 @@ def trainer_rate(steps: int, processes: int) -> float:
         output = Path(folder) / "run"
         flags = "--arch allcnn_c --arch-opt norm=batch --recipe none --dataset synthetic --flip --shift 2 --cutout 8"
         flags += f" --opt sgd --momentum 0.9 --nesterov --lr 0.01 --batch-size {BATCH * processes}"
-        flags += f" --steps {WARMUP + steps} --threads 1 --nproc {processes} --output {output}"
+        flags += f" --steps {WARMUP + steps} --threads 1 --device cpu --nproc {processes} --output {output}"
         flags += f" --log-interval {WARMUP} --eval-every end --checkpoint-every end"
         output_of([sys.executable, "-m", "dtrain", "train", *flags.split()])
         rows = [row for row in read_rows(output) if row["kind"] == "train"]

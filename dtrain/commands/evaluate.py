@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,21 @@ from torch import Tensor
 from dtrain import runtime
 from dtrain.config import TrainConfig
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.errors import DataError, StorageError, UsageError
+from dtrain.errors import StorageError, UsageError
 from dtrain.model.metrics import Sums, no_sums
 from dtrain.model.network import build_module, wrap
 from dtrain.model.step import eval_step
 from dtrain.run import checkpoint
 from dtrain.run.console import Console, counted
+from dtrain.run.recorder import refuse_other_data
 from dtrain.run.rundir import read_record, read_rows
 from dtrain.world import Place, World
 
 
-def find_checkpoint(run: Path, which: str) -> Path:
-    """The folder of the checkpoint that `which` means: last, best or a step. Raises StorageError, UsageError."""
+def load_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
+    """The checkpoint that `which` means: last, best or a step. Raises StorageError, UsageError."""
     folder = run / checkpoint.FOLDER
-    newest = checkpoint.find(folder).path
+    newest = checkpoint.find(folder).checkpoint
     if newest is None:
         raise StorageError(f"{run}: no sound checkpoint is there; give a run directory")
     if which == "last":
@@ -36,7 +36,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
     if step not in checkpoint.listed(folder):
         steps = ", ".join(map(str, checkpoint.listed(folder)))
         raise UsageError(f"--checkpoint {which}: give last, best (if it was saved) or one of {steps}")
-    return folder / checkpoint.name_of(step)
+    return checkpoint.load(folder / checkpoint.name_of(step))
 
 
 def _best_step(run: Path) -> int | None:
@@ -44,20 +44,20 @@ def _best_step(run: Path) -> int | None:
     return max(evaluations, key=lambda row: int(row["hits"]))["step"] if evaluations else None
 
 
-def evaluate_run(run: Path, which: str, *, loader: str) -> dict[str, Any]:
+def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate raw and EMA weights of a checkpoint in one process, in the run's chunks and precision.
 
+    here: settings in place of the run's own, such as its device and folders.
     Returns per kind of weights: hits, hits5, images, loss, and per class hits and images.
     """
-    saved = checkpoint.load(find_checkpoint(run, which))
-    config = replace(TrainConfig.stored(saved.about["config"]), loader=loader)
+    saved = load_checkpoint(run, which)
+    config = TrainConfig.elsewhere(saved.about["config"], here)
     record = read_record(run)
     kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else None
     machine = runtime.decide(config, local_rank=0, local_world=1, kept=kept)
     runtime.apply(machine, deterministic=config.deterministic)
     dataset = Console(False).converting(load_dataset(config))
-    if list(dataset.train.class_names) != saved.about["class_names"]:
-        raise DataError(f"{run}: the classes of {config.dataset} are not those it was trained on; was it replaced?")
+    refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
     results: dict[str, Any] = {}
     for weights, part in (("raw", "network"), ("ema", "ema")):
         if part in saved.parts:

@@ -182,10 +182,10 @@ def _digest(value: Any) -> str:
 
 
 def _load_last(output: Path) -> checkpoint.Checkpoint:
-    found = checkpoint.find(output / checkpoint.FOLDER).path
+    found = checkpoint.find(output / checkpoint.FOLDER).checkpoint
     if found is None:
         raise ProofError(f"{output}: the run left no sound checkpoint")
-    return checkpoint.load(found)
+    return found
 
 
 def _first_unequal(a: Sequence[float], b: Sequence[float]) -> int | None:

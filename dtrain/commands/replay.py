@@ -6,7 +6,9 @@ run's samples, augmentation and dropout, share by share as its processes had the
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from dtrain.plan import Plan, make_plan
 from dtrain.run import checkpoint
 from dtrain.run.console import Console
 from dtrain.run.recorder import refuse_other_data
-from dtrain.run.rundir import read_record
+from dtrain.run.rundir import read_record, read_rows
 from dtrain.run.state import TrainState
 from dtrain.world import Place, World
 
@@ -72,14 +74,15 @@ class Replayer:
     def apply(self, buffers: Before) -> bool:
         """The update from the gradient that is there, as the run made it; whether it was skipped."""
         learner = self.learner
-        skipped = update(learner.network, learner.optimizer, learner.scaler, learner.ema, self.options, buffers)
+        skipped = update(learner, self.options, buffers)
         self.state.advance(self.plan.batch_size)
         return bool(skipped)
 
 
-def replay(run: Path, step: int, out: Path | None) -> dict[str, Any]:
+def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> dict[str, Any]:
     """Compute step `step` of `run` again and write its pictures to `out` (default: replay-RUN-STEP here).
 
+    here: settings in place of the run's own, such as its device and folders.
     Returns what `print_replay` shows. Raises UsageError for a step that cannot be reached, DataError where the data
     set is no longer that of the run. Costs the steps since the newest checkpoint before it.
     """
@@ -87,14 +90,13 @@ def replay(run: Path, step: int, out: Path | None) -> dict[str, Any]:
     if out.resolve().is_relative_to(run.resolve()):
         raise UsageError(f"--out {out}: lies in the run, into which nothing is written; give another folder")
     saved = _newest_before(run, step)
-    config = replace(TrainConfig.stored(saved.about["config"]), loader="auto")
-    record = read_record(run)
+    config = TrainConfig.elsewhere(saved.about["config"], here)
+    record, world_size = read_record(run), _processes_at(run, step)
     resolved = dict(record.resolved) if record is not None else {}
     machine = runtime.decide(config, local_rank=0, local_world=1, kept=resolved)
     runtime.apply(machine, deterministic=config.deterministic)
     dataset = Console(False).converting(load_dataset(config))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
-    world_size = int(resolved.get("world_size", 1))
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world_size)
     if not 0 < step <= plan.total_steps:
         raise UsageError(f"--step {step}: this run has the steps 1 to {plan.total_steps}")
@@ -103,9 +105,7 @@ def replay(run: Path, step: int, out: Path | None) -> dict[str, Any]:
     learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
     counts = dict(saved.state)
     learner.restore(saved.parts, counts)
-    options = StepOptions(
-        plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip"
-    )
+    options = StepOptions.of(config, plan)
     whole = replace(plan, world_size=1, share=plan.batch_size)
     network = learner.network
     with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
@@ -123,10 +123,17 @@ def replay(run: Path, step: int, out: Path | None) -> dict[str, Any]:
         "step": step,
         "checkpoint": checkpoint.name_of(saved.step),
         "processes": world_size,
+        "sync_bn": config.sync_bn,
         **found,
         "worst": samples[:SHOWN],
         "pictures": [str(path) for path in pictures],
     }
+
+
+def _processes_at(run: Path, step: int) -> int:
+    """On how many processes a step was made: what the last start before it said."""
+    events = [row for row in read_rows(run) if row["kind"] == "event" and row["step"] < step and "processes" in row]
+    return int(events[-1]["processes"]) if events else 1
 
 
 def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:
@@ -135,7 +142,7 @@ def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:
     if not steps:
         raise StorageError(f"{run}: no checkpoint is there; give a run directory")
     for saved in reversed([s for s in steps if s < step]):
-        if checkpoint.verify(folder / checkpoint.name_of(saved)) is None:
+        with contextlib.suppress(checkpoint.DamagedError):
             return checkpoint.load(folder / checkpoint.name_of(saved))
     raise UsageError(
         f"--step {step}: no sound checkpoint before it is left, the oldest is of step {steps[0]}; give a later step, "
@@ -206,6 +213,8 @@ def print_replay(found: dict[str, Any]) -> None:
     """The same for people."""
     processes = found["processes"]
     shares = f"; the shares of {processes} processes one after the other, so rounding may differ" * (processes > 1)
+    if processes > 1 and found["sync_bn"]:
+        shares += ", and batch norm saw each share alone"
     print(f"step {found['step']} of {found['run']}, computed from {found['checkpoint']}{shares}")
     print(f"  loss           {found['loss']:.6g}{_beside(found['nonfinite_losses'])}")
     print(f"  gradient norm  {found['gradient_norm']:.6g}, before clipping")

@@ -37,7 +37,7 @@ from dtrain.data.pictures import BadPicture, Pixels, Source
 from dtrain.errors import DataError
 from dtrain.files import canonical_json, sha256_of, whole_file, write_json
 
-FORMAT = 2  # of the sidecar, and of everything else in a conversion that a new version of dtrain may change
+FORMAT = 3  # of the sidecar, and of everything else in a conversion that a new version of dtrain may change
 RAW_LIMIT = 4 << 30  # bytes of a split that are stored raw; a larger one is stored as JPEG
 JPEG_QUALITY = 95
 # ITU-R BT.601's luma of red, green and blue, in units of 2^-16 as Pillow has them; of R = G = B it is R
@@ -157,7 +157,9 @@ def _check_classes(source: Source, split_name: str, listed: Any, labels: Any) ->
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(facts)).hexdigest()
+    """Of what shapes numbers. A file that is no picture may come and go beside them."""
+    beside = ("digest", "source_digest", "passed_by")
+    return hashlib.sha256(canonical_json({k: v for k, v in facts.items() if k not in beside})).hexdigest()
 
 
 def _jpeg(pixels: Pixels) -> bytes:
@@ -266,8 +268,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
     sidecar = path.with_suffix(".json")
     try:
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        covered = {name: value for name, value in facts.items() if name not in ("digest", "source_digest")}
-        if facts["format"] == FORMAT and facts["digest"] == _digest(covered) and "source_digest" in facts:
+        if facts["format"] == FORMAT and facts["digest"] == _digest(facts) and "source_digest" in facts:
             return dict(facts)
         reason = "its facts are not those that were written"
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:

@@ -52,6 +52,16 @@ class DataSet:
         return self.train.std if self.channels == 3 else (self.train.gray_std,)
 
     @property
+    def left_out(self) -> list[str]:
+        """A line for each split that lacks pictures since they could not be decoded."""
+        splits = {"train": self.train} | ({"test": self.evaluation} if self.evaluation_split == "test" else {})
+        return [
+            f"left out of {name}, since they cannot be decoded: {len(beton.skipped)}; `dtrain data inspect` lists them"
+            for name, beton in splits.items()
+            if beton.skipped
+        ]
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as JSON's types: what a resume must find again, and `load_network` needs."""
         return {

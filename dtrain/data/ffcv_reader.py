@@ -61,11 +61,14 @@ def _environment_kept() -> Iterator[None]:
 
 with _threads_kept(), _environment_kept(), _no_typed_dict():
     from ffcv.fields.decoders import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
+    from ffcv.loader import Loader, OrderOption, epoch_iterator
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers.os_cache import OSCacheManager
     from ffcv.pipeline.compiler import Compiler
 
+
+# decoding is the host's work; for CUDA it would make streams on device 0, whichever is this process's own
+epoch_iterator.IS_CUDA = False
 
 MAPPED = numba.types.Array(numba.uint8, 1, "C", readonly=True)
 STATE = numba.types.Tuple([MAPPED, numba.uint64[::1], numba.uint64[::1]])  # type: ignore[no-untyped-call]  # numba's

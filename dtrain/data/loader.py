@@ -56,7 +56,10 @@ class Request:
 
 
 class Loader:
-    """Batches by step; see `open_loader`. Use it from one thread; close it, or leave its `with` block."""
+    """Batches by step; see `open_loader`. Use it from one thread; close it, or leave its `with` block.
+
+    kind: of its reader, "ffcv" or "memory"; told: the same for people, with the reason where it is not the wanted one.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Loader:
         request_at: Callable[[int], Request | None],
         *,
         kind: str,
+        told: str,
         image_size: int,
         channels: int,
         augmentation: Augmentation | None,
@@ -74,7 +78,7 @@ class Loader:
         kernel_threads: int,
         largest: int,
     ) -> None:
-        self.kind = kind
+        self.kind, self.told = kind, told
         self.wait_seconds = 0.0  # spent in `batch`, waiting for one
         self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
         self._size, self._channels, self._mean, self._std = image_size, channels, mean, std
@@ -139,7 +143,7 @@ class Loader:
                 yield request.indices
                 at += 1
 
-        reader = _reader_class(self.kind)(self._beton, indices(), self._largest)
+        reader = _READERS[self.kind]()(self._beton, indices(), self._largest)
         try:
             for flat, offsets in reader:
                 yield self._make(flat, offsets, wanted.pop(0))
@@ -253,14 +257,34 @@ class _Ahead:
         self._thread.join()
 
 
-def _reader_class(kind: str) -> Any:
-    if kind == "ffcv":
-        from dtrain.data.ffcv_reader import FfcvReader
+def _ffcv() -> Any:
+    from dtrain.data.ffcv_reader import FfcvReader  # imports FFCV
 
-        return FfcvReader
+    return FfcvReader
+
+
+def _memory() -> Any:
     from dtrain.data.memory_reader import MemoryReader
 
     return MemoryReader
+
+
+_READERS: dict[str, Callable[[], Any]] = {"ffcv": _ffcv, "memory": _memory}
+
+
+def _chosen(kind: str) -> tuple[str, str]:
+    """The reader that auto, ffcv or memory comes to, and the same for people. Imports FFCV to know."""
+    if kind == "memory" or (kind == "auto" and importlib.util.find_spec("ffcv") is None):
+        return "memory", "memory"
+    try:
+        _ffcv()
+    except (ImportError, OSError) as error:  # it is not there, or a library that it needs
+        if kind == "ffcv":
+            raise UsageError(
+                f"--loader ffcv: FFCV cannot be imported ({error}); pip install 'dtrain[ffcv]', or use --loader memory"
+            ) from error
+        return "memory", f"memory (FFCV cannot be imported: {error})"
+    return "ffcv", "ffcv"
 
 
 def open_loader(
@@ -280,15 +304,19 @@ def open_loader(
 ) -> Loader:
     """A loader of the batches that `request_at(step)` names, out of `beton`; None ends the stream.
 
-    kind: auto (ffcv where it is installed, else memory), ffcv or memory: equal bytes. image_size, channels: of what
+    kind: auto (ffcv where it can be imported, else memory), ffcv or memory: equal bytes. image_size, channels: of what
     comes out; of larger stored images a keyed crop where there is augmentation, else the middle; one channel out of
     three is their luma. augmentation: for requests with an epoch. mean, std: in 0..1, one number, or one for each
     channel that comes out or is stored. largest: images in the largest request. The first batch compiles the kernel
-    once a machine. Raises UsageError for ffcv where it is not installed, and for more pixels than are stored.
+    once a machine. Raises UsageError for ffcv where it is not installed, for JPEGs without it, and for more pixels than
+    are stored.
     """
-    installed = importlib.util.find_spec("ffcv") is not None
-    if kind == "ffcv" and not installed:
-        raise UsageError("--loader ffcv: FFCV is not installed; pip install 'dtrain[ffcv]', or use --loader memory")
+    chosen, told = _chosen(kind)
+    if chosen == "memory" and beton.stored != "raw":
+        raise UsageError(
+            f"{beton.path} is so large that it is stored as JPEG, which FFCV alone reads: pip install 'dtrain[ffcv]', "
+            "leave out --loader memory, or give a smaller --image-size or --store-size"
+        )
     if image_size > beton.image_size or channels not in (1, beton.channels):
         raise UsageError(
             f"{beton.path} stores {beton.image_size} x {beton.image_size} pixels in {beton.channels} channels; "
@@ -297,7 +325,8 @@ def open_loader(
     return Loader(
         beton,
         request_at,
-        kind="ffcv" if kind != "memory" and installed else "memory",
+        kind=chosen,
+        told=told,
         image_size=image_size,
         channels=channels,
         augmentation=augmentation,

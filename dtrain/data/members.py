@@ -205,12 +205,20 @@ def _tar_files(path: Path) -> Iterator[tuple[tuple[str, ...], Read]]:
             file = tar.extractfile(info)
             return b"" if file is None else file.read(count)
 
+    named: set[tuple[str, ...]] = set()  # folders of classes
+    filled: set[tuple[str, ...]] = set()
     with _readable(path), tarfile.open(path, tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a file
             parts = PurePosixPath(info.name).parts
             if info.isdir():
+                if len(parts) == 2 and parts[0] in PARTS and not parts[1].startswith("."):
+                    named.add(parts)
                 continue
             if not info.isreg() or info.name.startswith("/") or ".." in parts:
                 raise DataError(f"{path}: {info.name!r} is a link, a device or leads outside; pack plain files only")
+            if not parts[-1].startswith("."):
+                filled.add(parts[:2])
             yield parts, partial(read, info)
+    if empty := sorted(named - filled):
+        raise DataError(f"{path}: {shown('/'.join(empty[0]))}/ is an empty folder; fill or remove it")

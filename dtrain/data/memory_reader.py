@@ -8,20 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.beton import Beton
-from dtrain.errors import UsageError
 
 Slot = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]
 
 
 class MemoryReader:
-    """One stream of slots for given batches of sample indices; a slot is (flat uint8, where each image begins)."""
+    """One stream of slots for given batches of sample indices; a slot is (flat uint8, where each image begins).
+
+    Of betons that are stored raw: `open_loader` lets no other come here.
+    """
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
-        if beton.stored != "raw":
-            raise UsageError(
-                f"{beton.path} is so large that it is stored as JPEG, which FFCV alone reads: pip install "
-                "'dtrain[ffcv]', or give a smaller --image-size or --store-size"
-            )
         self._flat = np.memmap(beton.path, np.uint8, "r")
         self._beton, self._batches = beton, iter(batches)
 

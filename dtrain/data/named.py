@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.pictures import Decode, Labels, Pixels, Source, Split
-from dtrain.errors import DataError
+from dtrain.errors import DataError, ProcessError
 from dtrain.files import PARTIAL, Lock
 from dtrain.keyed import Stream, integers, key
 
+DOWNLOAD_SECONDS = 3600.0  # that a process waits for another one's download
 AGAIN = "remove its folder and download it again"
 
 
@@ -229,7 +230,10 @@ def download(layout: Layout, data_dir: Path, looked: str) -> Path:
     folder = data_dir / layout.folder
     lock = Lock(data_dir / f".{layout.folder}.lock")
     try:
+        deadline = time.monotonic() + DOWNLOAD_SECONDS
         while not lock.acquire():
+            if time.monotonic() > deadline:
+                raise ProcessError(f"{looked}; {lock.owner()} is downloading it for over {DOWNLOAD_SECONDS:g} s")
             time.sleep(0.05)
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=data_dir) as part:

@@ -137,15 +137,16 @@ def _rows(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def remembered_sha256(path: Path, memo: Path) -> str:
-    """The SHA-256 of a file, computed again only when its size or time of change is not what `memo` remembers.
+    """The SHA-256 of a file, computed again only when its place, size or time of change is not what `memo` remembers.
 
     A memo that cannot be read or written costs time, nothing else.
     """
     stat = path.stat()
-    known = f"{stat.st_size} {stat.st_mtime_ns}"
+    place = hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]  # two tars of one name share a memo
+    known = f"{place} {stat.st_size} {stat.st_mtime_ns}"
     with suppress(OSError, ValueError):
-        size, changed, digest = memo.read_text(encoding="ascii").split()
-        if f"{size} {changed}" == known:
+        remembered, digest = memo.read_text(encoding="ascii").rstrip("\n").rsplit(" ", 1)
+        if remembered == known:
             return digest
     digest = sha256_of(path)
     with suppress(OSError):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from dtrain.config import TrainConfig
+from dtrain.errors import UsageError
 from dtrain.model.network import Network, average_of
 from dtrain.model.optimization import Packed, build_optimizer, pack, unpack
 
@@ -38,10 +39,19 @@ class Learner:
         }
 
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: dict[str, Any]) -> None:
-        """Go back to a checkpoint; takes its own from `counts`. Raises StorageError where it is another optimizer's."""
+        """Go back to a checkpoint; takes its own from `counts`.
+
+        Raises UsageError where it is another network's, StorageError where it is another optimizer's.
+        """
         packed = Packed(dict(parts.get("optimizer", {})), counts.pop("optimizer"))
         scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")
-        self.network.load(parts["network"])
+        try:
+            self.network.load(parts["network"])
+        except RuntimeError as error:  # torch's: names or shapes differ
+            raise UsageError(
+                "the network is not the one that this run began with "
+                f"({' '.join(str(error).split())[:200]}); bring it back, or give another --output"
+            ) from error
         unpack(self.optimizer, self.network.module, packed)
         self.scaler.load_state_dict(scaler)
         if self.ema is not None:

@@ -10,6 +10,7 @@ Sums      the same on the host, over all processes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -133,8 +134,9 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """Mean loss of an image."""
-        return self.loss_units * LOSS_UNIT / max(1, self.images - self.nonfinite)
+        """Mean loss of the images whose loss is finite; NaN, which rows write as null, where there is none."""
+        finite = self.images - self.nonfinite
+        return self.loss_units * LOSS_UNIT / finite if finite else math.nan
 
     @property
     def top1_fraction(self) -> float:

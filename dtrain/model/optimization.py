@@ -32,7 +32,7 @@ def chosen_optimizer(config: TrainConfig) -> tuple[plugins.Plugin, Callable[...,
             continue
         if plugins.accepts(function, name):
             options.setdefault(name, value)
-        elif not config.origin(name).startswith("recipe"):
+        elif config.origin(name) in ("flag", "default"):  # by hand; of a recipe, or a run that had one, it is left out
             raise UsageError(f"{flag_of(name)}: optimizer {config.opt} has no use for it; leave it out")
     return plugin, function, options
 

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
+from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
 from dtrain.keyed import Stream, torch_seed
+from dtrain.model.learner import Learner
 from dtrain.model.metrics import CHECKSUM, IMAGES, SKIPPED, Outcome, sums_of
 from dtrain.model.network import Network
 from dtrain.model.nonfinite import Before, gradients_not_finite, poisoned, state_tensors
+from dtrain.plan import Plan
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss: Szegedy et al. 2015, "Going deeper with convolutions", section 5
 
@@ -35,6 +37,12 @@ class StepOptions:
     smoothing: float
     clip_grad: float | None
     skip_nonfinite: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig, plan: Plan) -> StepOptions:
+        """As a run has them."""
+        skip = config.on_nonfinite == "skip"
+        return cls(plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=skip)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -61,23 +69,17 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
     return losses_N, outputs[0]
 
 
-def train_step(
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None,
-    batch: Batch,
-    options: StepOptions,
-) -> Outcome:
+def train_step(learner: Learner, batch: Batch, options: StepOptions) -> Outcome:
     """One update from this process's share of a batch, in micro-batches; then the EMA.
 
     Collective: gradients are averaged over processes in the last micro-batch's backward pass, and unscaled before they
-    are clipped. No host sync.
+    are clipped. No host sync, but for torch's loss scaler: under float16 it reads whether gradients overflowed, unless
+    the optimizer is fused.
     """
-    optimizer.zero_grad(set_to_none=True)
-    buffers = Before(network.module.buffers() if options.skip_nonfinite else ())  # which the forward pass may move
-    sums, losses_N = backward(network, scaler, batch, options)
-    skipped = update(network, optimizer, scaler, ema, options, buffers)
+    learner.optimizer.zero_grad(set_to_none=True)
+    buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())  # the forward pass moves them
+    sums, losses_N = backward(learner.network, learner.scaler, batch, options)
+    skipped = update(learner, options, buffers)
     sums[SKIPPED] = torch.where(skipped, sums[IMAGES], 0)
     return Outcome(sums, losses_N, skipped)
 
@@ -108,50 +110,38 @@ def backward(
     return total, torch.cat(losses)
 
 
-def update(
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None,
-    options: StepOptions,
-    buffers: Before,
-) -> Tensor:
+def update(learner: Learner, options: StepOptions, buffers: Before) -> Tensor:
     """Apply the gradient, then the EMA. Returns whether it was left out, bool [] on the device.
 
     With `skip_nonfinite`, where a gradient is not finite, nothing changes but a scaler's scale, and `buffers` are put
     back. Raises UsageError where that cannot be done without waiting for the device.
     """
+    network = learner.network
     if not options.skip_nonfinite:
-        _apply(network, optimizer, scaler, ema, options.clip_grad)
+        _apply(learner, options.clip_grad)
         return torch.zeros((), dtype=torch.bool, device=network.device)
     skipped = gradients_not_finite(network.module)
-    if network.device.type == "cpu" and not scaler.is_enabled():  # to read here is not to wait
+    if network.device.type == "cpu" and not learner.scaler.is_enabled():  # to read here is not to wait
         if not skipped:
-            _apply(network, optimizer, scaler, ema, options.clip_grad)
+            _apply(learner, options.clip_grad)
     else:
-        apply_unless(skipped, network, optimizer, scaler, ema, options.clip_grad)
+        apply_unless(skipped, learner, options.clip_grad)
     buffers.put_back(skipped)
     return skipped
 
 
-def apply_unless(
-    skipped: Tensor,
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None,
-    clip_grad: float | None,
-) -> None:
+def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> None:
     """Apply the gradient and put all back where `skipped`, a bool [] on the device, which is not read.
 
     But for a run's first update: what the optimizer has only just made cannot be put back, it has to go again. The
     EMA's own count goes on, of which only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
     """
+    network, optimizer, ema = learner.network, learner.optimizer, learner.ema
     averages = [*ema.module.parameters(), *ema.module.buffers()] if ema is not None else []
     weights, states = list(network.module.parameters()), state_tensors(optimizer, network.device)
     before, known = Before([*weights, *states, *averages]), set(optimizer.state)
     first_average = ema is not None and not ema.n_averaged
-    _apply(network, optimizer, scaler, ema, clip_grad)
+    _apply(learner, clip_grad)
     before.put_back(skipped)
     state_tensors(optimizer, network.device)  # refuses what the first update put on the host
     if (len(optimizer.state) > len(known) or first_average) and skipped:
@@ -161,20 +151,15 @@ def apply_unless(
             ema.n_averaged.zero_()
 
 
-def _apply(
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None,
-    clip_grad: float | None,
-) -> None:
+def _apply(learner: Learner, clip_grad: float | None) -> None:
+    module = learner.network.module
     if clip_grad is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(network.module.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
-    if ema is not None:
-        ema.update_parameters(network.module)
+        learner.scaler.unscale_(learner.optimizer)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), clip_grad)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    if learner.ema is not None:
+        learner.ema.update_parameters(module)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
 
 A checkpoint is sound if `load` accepts it, and there is no other test. The bytes that are hashed are the bytes that
 are parsed: they are read once, and safetensors sees them only after size and SHA-256 agree. Only the process that owns
-the run directory writes here; the others load the bytes it sends them (`read`).
+the run directory reads and writes here; it sends the others what it has loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest sound checkpoint (None where there is none) and the newer ones that are not, with the reasons."""
+    """The newest sound checkpoint and where it is, None where there is none; the newer ones that are not, and why."""
 
     path: Path | None
-    step: int
+    checkpoint: Checkpoint | None
     damaged: list[tuple[Path, str]]
 
 
@@ -144,7 +144,7 @@ def _signed(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint folder by name, as `load` takes them: what rank 0 sends to the other processes.
+    """The files of a checkpoint folder by name, as `load` takes them.
 
     Only regular files that the manifest lists, in the sizes it tells, are opened; digests are left to `load`.
     Raises DamagedError, or StorageError where the disk does not let us read. Cost: the checkpoint's size in memory.
@@ -275,14 +275,14 @@ def find(checkpoints: Path) -> Found:
     for step in reversed(listed(checkpoints)):
         path = checkpoints / name_of(step)
         try:
-            saved = load(path).step
+            saved = load(path)
         except DamagedError as error:
             damaged.append((path, str(error)))
             continue
-        if saved == step:
-            return Found(path, step, damaged)
-        damaged.append((path, f"{MANIFEST} is of step {saved}"))
-    return Found(None, 0, damaged)
+        if saved.step == step:
+            return Found(path, saved, damaged)
+        damaged.append((path, f"{MANIFEST} is of step {saved.step}"))
+    return Found(None, None, damaged)
 
 
 def newest(checkpoints: Path) -> Found:
@@ -296,7 +296,7 @@ def newest(checkpoints: Path) -> Found:
         aside = [(set_aside(path, "damaged"), reason) for path, reason in found.damaged]
     except OSError as error:
         raise StorageError(f"cannot set damaged checkpoints aside in {checkpoints}: {error.strerror}") from error
-    return Found(found.path, found.step, aside)
+    return replace(found, damaged=aside)
 
 
 def undo_after(path: Path) -> list[Path]:
@@ -304,9 +304,10 @@ def undo_after(path: Path) -> list[Path]:
 
     Raises StorageError if `path` is not sound, or the disk refuses; then nothing has changed.
     """
-    if (reason := verify(path)) is not None:
-        raise StorageError(f"--resume {path}: not a sound checkpoint: {reason}")
-    step = load(path).step
+    try:
+        step = load(path).step
+    except DamagedError as error:
+        raise StorageError(f"--resume {path}: not a sound checkpoint: {error}") from None
     try:
         newer = [path.parent / name_of(later) for later in listed(path.parent) if later > step]
         return [set_aside(later, "undone") for later in newer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,15 +23,17 @@ class Console:
 
     def line(self, text: str) -> None:
         """One line, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        elif self.enabled:
-            print(text, flush=True)
+        with suppress(OSError):  # a full disk or a reader that is gone: what is shown is no part of the run
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            elif self.enabled:
+                print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """One line of warning, on stderr."""
         if self.enabled:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def start(self, total_steps: int, step: int) -> None:
         """Draw the bar of a run, on a terminal."""

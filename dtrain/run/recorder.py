@@ -132,7 +132,7 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
             environment=environment(),
             versions=versions(),
             resolved=dict(resolved),
-            plugins={plugin.kind: f"{plugin.distribution} {plugin.version}" for plugin in found},
+            plugins={plugin.kind: plugins.identity(plugin) for plugin in found},
         )
         folder.write_record(record)
         return Recorder(folder.path, folder, record, config.track)
@@ -165,7 +165,7 @@ def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[st
         return
     error = DataError(
         f"{dataset} is not the data set that this run began with: an image, a label or a class has changed; bring it "
-        "back, or give another --output"
+        "back, or train anew with another --output"
     )
     names = [set(facts["class_names"]) for facts in (was, asked)]
     alone = [", ".join([str(len(some)), *sorted(some - other)]) for some, other in (names, names[::-1])]

@@ -5,6 +5,7 @@
       run.json        the record: how far, how it ended, with what it was computed
       metrics.jsonl   one row a line: train, eval, event
       checkpoints/    see checkpoint.py
+      trackers/       how far each has followed, and what it said
       lock            held by the owner as long as it lives
 
 A row is a flat JSON object with `kind`, `step` and figures named with their units; what the clock said stands under
@@ -35,13 +36,14 @@ Row = Mapping[str, Any]
 Status = Literal["running", "finished", "stopped", "failed"]
 
 CONFIG, RECORD, METRICS, LOCK = "config.toml", "run.json", "metrics.jsonl", "lock"
+ELSEWHERE = "give another directory with --output"
 EVALUATION = ("hits", "images", "split", "weights")  # of an eval row, as `summaries` repeats them
 DISTRIBUTIONS = ("dtrain", "torch", "numpy", "numba", "safetensors", "ffcv")  # what the numbers of a run come from
 
 
 @dataclass(frozen=True)
 class Record:
-    """What run.json holds. `resolved`: what `auto` became; `plugins`: distribution to version; `summary`: the end."""
+    """What run.json holds. `resolved`: what `auto` became; `plugins`: kind to what was used."""
 
     status: Status
     step: int = 0
@@ -53,7 +55,6 @@ class Record:
     versions: Mapping[str, str] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
     plugins: Mapping[str, str] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunDir:
@@ -123,7 +124,7 @@ def open_run(output: Path | None, runs: Path, name: str, *, fresh: bool) -> RunD
     """
     base = runs / name if output is None else output.absolute()
     path, number = base, 1
-    with _told(base, "give another directory with --output"):
+    with _told(base, ELSEWHERE):
         while True:
             taken = fresh and path.is_dir() and any(path.iterdir())
             lock = Lock(path / LOCK)
@@ -136,6 +137,16 @@ def open_run(output: Path | None, runs: Path, name: str, *, fresh: bool) -> RunD
                 )
             number += 1
             path = base.with_name(f"{base.name}-{number}")
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise StorageError if no run directory can be made at `path`, as far as that is seen without making it."""
+    with _told(path, ELSEWHERE):
+        there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager
@@ -192,14 +203,15 @@ def read_record(run: Path) -> Record | None:
     """The record of a run directory; None where there is no run.json. Raises StorageError if it is damaged."""
     path = run / RECORD
     try:
-        record = Record(**json.loads(path.read_bytes()))
+        known = {f.name for f in dataclasses.fields(Record)}  # other versions may write more
+        record = Record(**{name: value for name, value in json.loads(path.read_bytes()).items() if name in known})
         if record.status not in get_args(Status) or type(record.step) is not int:
             raise ValueError(record.status)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise StorageError(f"{path} is not the record of a run; remove it") from None
     return record
 
