@@ -384,8 +384,8 @@ class Training:
             (f"{row['split']} accuracy, {weights} weights", f"{counted(row['hits'], row['images'])}")
             for weights, row in evaluations.items()
         ]
-        best = []
-        if state.best is not None and state.best["step"] != state.step:
+        best, last = [], max((row["hits"] for row in evaluations.values()), default=0)
+        if state.best is not None and state.best["hits"] > last:
             note = ", picked on the test split: no fair figure" if state.best["split"] == "test" else ""
             figure = counted(state.best["hits"], state.best["images"])
             best = [(f"best, at step {state.best['step']}{note}", figure)]

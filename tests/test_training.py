@@ -82,6 +82,15 @@ def test_a_finished_run_leaves_what_the_design_names_and_is_not_run_again(run: R
     assert [row["step"] for row in run.rows("train")] == [2, 4, 6]
 
 
+def test_the_headline_is_the_last_epoch_and_a_best_one_of_the_test_split_is_labelled(run: Run) -> None:
+    flags = ("--steps", 80, "--batch-size", 48, "--eval-every", "40steps", "--lr", 0.2)
+    for more, note in ((), ", picked on the test split: no fair figure"), (("--val-split", 0.2), ""):
+        (result,) = run.go(*flags, "--resume", "none", *more, arch=f"{HERE / 'faulty_networks.py'}:fades")
+        assert result.code == 0, result.err
+        table = result.out[result.out.index("finished") :]
+        assert table.index("accuracy, raw weights ") < table.index(f"best, at step 40{note} ")
+
+
 def test_resume_none_takes_the_next_free_name(run: Run) -> None:
     assert codes(run.go("--steps", 1)) == [0]
     assert codes(run.go("--steps", 1, "--resume", "none")) == [0]
