@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError
+from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError, StorageError
 from dtrain.runtime import tune_allocator
 from dtrain.world import place
 
+OF_OUTPUT = (errno.ENOSPC, errno.EPIPE, errno.EIO)
 GROUP_FLAGS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
@@ -25,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments and arguments[0].startswith("-") and arguments[0] not in GROUP_FLAGS:
         arguments.insert(0, "train")  # flags without a verb mean `train`
     code, told = 0, True
+    is_run = arguments[:1] == ["train"]  # which is more than what it prints
     try:
         _recorded(arguments)
     except DtrainError as error:
@@ -32,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # what is wrong with the command line itself, all processes of a host find alike: one of them tells
         told = not getattr(error, "told_elsewhere", place().local_rank > 0)
         if told:
-            if error.table:
-                print(error.table, file=sys.stderr)
-            _tell(f"error: {error}" if code != 75 else str(error), "--debug" in arguments)
+            table = f"{error.table}\n" if error.table else ""
+            _tell(f"error: {error}" if code != 75 else str(error), "--debug" in arguments, table)
     except KeyboardInterrupt:
         code = EXIT_STOPPED_UNSAVED
         _tell("stopped before anything could be saved", False)
@@ -43,8 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         code = 1
         told = not getattr(error, "told_elsewhere", False)
-        if told:
+        if isinstance(error, OSError) and error.errno in OF_OUTPUT and error.filename is None and not is_run:
+            code = _unwritten(error)
+        elif told:
             _tell(f"error: {type(error).__name__}: {error} (a defect of dtrain or of a plugin)", True)
+    if (refused := _flushed(sys.stdout)) is not None and code == 0 and not is_run:
+        code = _unwritten(refused)
+    _flushed(sys.stderr)
     _leave(code, told)
 
 
@@ -70,20 +78,35 @@ def _recorded(arguments: list[str]) -> None:
     record(run)(arguments)
 
 
-def _tell(line: str, with_traceback: bool) -> None:
-    if with_traceback:
-        traceback.print_exc()
-    with contextlib.suppress(OSError):
-        print(" ".join(line.split("\n")), file=sys.stderr)  # a plugin's own words may have several lines
+def _tell(line: str, with_traceback: bool, table: str = "") -> None:
+    with contextlib.suppress(OSError):  # nobody hears it: the exit code still says what it is
+        if with_traceback:
+            traceback.print_exc()
+        # a plugin's own words may have several lines
+        print(table + " ".join(line.split("\n")), file=sys.stderr)
+
+
+def _flushed(stream: TextIO) -> OSError | None:
+    """Write what is left; the error where that is refused: it then goes nowhere."""
+    try:
+        stream.flush()
+    except OSError as error:
+        # Python would try again at its end, and exit with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
+def _unwritten(refused: OSError) -> int:
+    """The exit code where standard output did not take all that was asked for. A reader that has left wants no more."""
+    if isinstance(refused, BrokenPipeError):
+        return 0
+    _tell(f"error: standard output could not be written: {refused.strerror}; free some space", False)
+    return StorageError.exit_code
 
 
 def _leave(code: int, told: bool) -> None:
     """Exit. After an error among several processes at once: a gloo group waits for its peers while it is torn down."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # a full disk, a reader that is gone: Python would try again at its end, and exit with 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and told and (file := os.environ.get("DTRAIN_EXIT_CODE_FILE")):
         Path(file).write_text(str(code), encoding="ascii")  # for commands/launch.py
     if code and os.environ.get("WORLD_SIZE", "1") != "1":

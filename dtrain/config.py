@@ -200,7 +200,7 @@ class TrainConfig:
         "auto",
         "Data",
         "place",
-        "how batches are read; auto: ffcv where it is installed",
+        "how batches are read; auto: ffcv where it can be imported",
         choices=("auto", "ffcv", "memory"),
     )
     flip: bool = setting(False, "Data", "result", "mirror training images left to right, half of them")
@@ -354,8 +354,9 @@ class TrainConfig:
 
     @classmethod
     def elsewhere(cls, table: Mapping[str, Any], here: Mapping[str, Any]) -> TrainConfig:
-        """`stored`, to look at a run on another machine: `here` has its device, folders and loader."""
-        return cls.stored({**table, **here, "backend": "auto"})
+        """`stored`, to look at a run in one process elsewhere: `here` has its device, folders and loader."""
+        # over one process synchronised batch norm is batch norm, which the CPU has as well
+        return cls.stored({**table, **here, "backend": "auto", "sync_bn": False})
 
     def origin(self, name: str) -> str:
         """Which layer the value of field `name` came from."""

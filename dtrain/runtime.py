@@ -144,4 +144,5 @@ def apply(runtime: Runtime, *, deterministic: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS to be deterministic
-    torch.use_deterministic_algorithms(deterministic)  # also off: a notebook may train twice
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # also off: a notebook may train twice
+        torch.use_deterministic_algorithms(deterministic)

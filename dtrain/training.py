@@ -33,8 +33,7 @@ from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, check_batch, make_plan
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
-from dtrain.run.recorder import Recorder, open_recorder, path_of, refuse_other_data, resolved_before
-from dtrain.run.rundir import refuse_unwritable
+from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, refuse_unwritable, resolved_before
 from dtrain.run.state import RunClock, Stopwatch, TrainState
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
@@ -120,7 +119,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
-    world.from_main(lambda: refuse_unwritable(path_of(config)))
+    world.from_main(lambda: refuse_unwritable(config))
     kept = world.from_main(lambda: resolved_before(config, at.size))
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
@@ -306,9 +305,11 @@ class Training:
             if not runtime.is_out_of_memory(refused):
                 raise
             images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
+            advice = (
+                f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
+            )
             raise UsageError(
-                f"out of memory in an evaluation of {images} images at a time; try --eval-batch-size "
-                f"{max(1, images // 2)} ({_in_short(refused)})"
+                f"out of memory in an evaluation of {images} images at a time; {advice} ({_in_short(refused)})"
             ) from None  # so that it is not taken for the training's
 
     def _record_evaluation(self, weights: str, sums: Sums) -> None:

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,30 @@ class Witness:
     def all_at(self, point: str, seconds: float) -> None:
         """Wait until all processes have come here. Collective.
 
-        Raises the error that another process tells meanwhile; ProcessError after `seconds`, or as soon as one has
-        shown no sign of life at the end of a time-out.
+        Raises the error that another process tells meanwhile; ProcessError after `seconds`, at once for a process of
+        this host that is no more, and for one that shows no sign of life for a whole time-out.
         """
+        self._store.set(f"at {point}/{self.rank}", "")
         if self._store.add(point, 1) == self.size:
             self._store.set(f"all {point}", "")
-        now, pause = time.monotonic(), POLL_SECONDS
-        deadline, look_again = now + seconds, now + self.timeout_seconds
+        pause, moved = POLL_SECONDS, time.monotonic()
+        deadline = moved + seconds
+        after, beat = (self.rank + 1) % self.size, ""  # each looks after the next one: no work grows with their number
         # asked again and again, since a client that waits in the store lets no beat through
         while not self._store.check([f"all {point}"]):
             if self._store.check(["error"]):
                 break
-            if (now := time.monotonic()) > look_again:
-                if now > deadline or not all(self._moving()):
-                    raise self.told_by_another() or self.silent()
-                look_again = min(deadline, time.monotonic() + self.timeout_seconds)
+            now = time.monotonic()
+            if now > deadline:
+                missing = [rank for rank in range(self.size) if not self._store.check([f"at {point}/{rank}"])]
+                raise self.told_by_another() or self._gone(missing, f"did not come within {seconds:g} s")
+            if pause >= BEAT_SECONDS / 4:  # it takes longer than a start does
+                if (died := self._died()) is not None and not self._store.check(["error"]):
+                    raise died
+                if (seen := self._read(f"beat/{after}")) != beat:
+                    beat, moved = seen, now
+                if now - moved > self.timeout_seconds:
+                    raise self.told_by_another() or self._gone([after], "stopped answering")
             time.sleep(pause)
             pause = min(2 * pause, BEAT_SECONDS / 4)
         if self._store.check(["error"]) and (told := self.told_by_another()) is not None:
@@ -127,22 +136,21 @@ class Witness:
         """
         try:
             self._store.set(f"gave up/{self.rank}", "")
-            moving = self._moving()
+            before = [self._read(f"beat/{rank}") for rank in range(self.size)]
+            time.sleep(2.5 * BEAT_SECONDS)
+            still = [rank for rank in range(self.size) if self._read(f"beat/{rank}") == before[rank]]
             waiting = [rank for rank in range(self.size) if not self._store.check([f"gave up/{rank}"])]
-            silent = [rank for rank in waiting if not moving[rank]] or waiting or range(self.size)
-            listed = ", ".join(f"{rank} ({self._seen(rank)})" for rank in silent[:8])
+            silent = [rank for rank in waiting if rank in still] or waiting or list(range(self.size))
+            return self._gone(silent, "stopped answering")
         except RuntimeError:
             return ProcessError("process 0, which keeps the store, went away; run the same command again to go on")
+
+    def _gone(self, ranks: Sequence[int], what: str) -> ProcessError:
+        listed = ", ".join(f"{rank} ({self._seen(rank)})" for rank in ranks[:8])
         return ProcessError(
-            f"process {listed} of {self.size} stopped answering (--dist-timeout {self.timeout_seconds:g}); "
+            f"process {listed} of {self.size} {what} (--dist-timeout {self.timeout_seconds:g}); "
             "run the same command again to go on from the last checkpoint"
         )
-
-    def _moving(self) -> list[bool]:
-        """Which processes show a sign of life within two beats and a half."""
-        before = [self._read(f"beat/{rank}") for rank in range(self.size)]
-        time.sleep(2.5 * BEAT_SECONDS)
-        return [self._read(f"beat/{rank}") != beat for rank, beat in enumerate(before)]
 
     def _seen(self, rank: int) -> str:
         """How far a process came, in words."""

@@ -15,9 +15,10 @@ THREAD_GRACE_SECONDS = 2.0  # a thread that was told to end may need a moment
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # set before numba is imported anywhere: kernels are compiled once a checkout, not once a session
+    # set before numba is imported anywhere: kernels are compiled once a checkout, not once a session; for each of
+    # pytest-xdist's workers by itself, since numba's index may lose track of two that are saved at once
     cache = Path(str(config.rootpath)) / ".pytest_cache" / "numba"
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache))
+    os.environ["NUMBA_CACHE_DIR"] = str(cache / os.environ.get("PYTEST_XDIST_WORKER", "gw0"))
     # torch sets it when an optimizer is first built; here, so that no test is blamed for it
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.with_name("inductor")))
 

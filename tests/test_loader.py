@@ -574,6 +574,7 @@ def test_ffcv_leaves_numba_s_types_as_they_are(beton: Beton) -> None:
 
 
 def test_where_ffcv_cannot_be_imported_memory_takes_its_place_and_says_why(ranks: Warm) -> None:
+    needed("ffcv")
     auto, asked = ranks.call("test_loader:without_opencv", 1)[0]
     assert auto == ("memory", "memory (FFCV cannot be imported: libopencv_core.so.4: cannot open shared object file)")
     assert asked.startswith("--loader ffcv: FFCV cannot be imported (libopencv_core.so.4: cannot open")

@@ -451,6 +451,9 @@ def test_a_disk_that_stays_full_ends_the_run_with_6_when_it_can_wait_no_longer(r
 # -- who meets whom ----------------------------------------------------------------------------------------------------
 
 
+LIMIT = 4.0  # --dist-timeout in seconds
+
+
 def prepared(late_seconds: float, missing: int = 0) -> str:
     """What comes of it when process 1 takes longer than --dist-timeout, or some never come."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
@@ -463,15 +466,17 @@ def prepared(late_seconds: float, missing: int = 0) -> str:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, is_master=True, wait_for_workers=False) if at.is_main else None
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    world = World(at, 2.0)
+    world = World(at, LIMIT)
     try:
         world.meet()
         world.join("gloo")
         if at.rank == 1:
+            print("converts", flush=True)
             time.sleep(late_seconds)
-        world.wait_for_all("prepared", 30.0)
+        world.wait_for_all("prepared", 60.0)
     except Exception as error:
-        return str(world.explained(error))
+        print(told := str(world.explained(error)))
+        return told
     world.leave()
     del store
     return "met"
@@ -479,15 +484,25 @@ def prepared(late_seconds: float, missing: int = 0) -> str:
 
 @pytest.mark.dist
 def test_a_conversion_may_take_longer_than_a_collective_on_one_host(ranks: Warm) -> None:
-    assert ranks.call("test_mistakes:prepared", 2, {"late_seconds": 5.0}) == ["met", "met"]
+    assert ranks.call("test_mistakes:prepared", 2, {"late_seconds": LIMIT + 3}) == ["met", "met"]
 
 
 @pytest.mark.dist
 def test_a_process_that_never_comes_is_named_within_the_limit(ranks: Warm) -> None:
     started = time.monotonic()
     told = ranks.call("test_mistakes:prepared", 2, {"late_seconds": 0.0, "missing": 1})
-    assert time.monotonic() - started < 2 + 10
-    assert all("process 2 (it never came) of 3 stopped answering (--dist-timeout 2)" in line for line in told), told
+    assert time.monotonic() - started < LIMIT + 20  # with two starts on a busy machine
+    words = "process 2 (it never came) of 3 did not come within 4 s (--dist-timeout 4); run the same"
+    assert all(words in line for line in told), told
+
+
+@pytest.mark.dist
+def test_a_process_that_dies_while_others_wait_for_its_conversion_is_named_at_once(ranks: Warm) -> None:
+    job = ranks.start_call("test_mistakes:prepared", 2, {"late_seconds": 100.0})
+    job.wait_for("converts", rank=1)
+    job.send_signal(signal.SIGKILL, rank=1)
+    results = job.wait(20)
+    assert f"process 1 of 2 (pid {job.pids[1]}, seen before its first step) died" in results[0].out
 
 
 # -- what was run before -----------------------------------------------------------------------------------------------
@@ -522,7 +537,10 @@ def small(num_classes: int, *, in_channels: int = 3) -> nn.Module:
 
 def test_an_evaluation_that_runs_out_of_memory_is_told_with_its_own_setting(run: Run) -> None:
     line = run.refused(2, "--arch", f"{FAULTY}:hungry_for_many", "--batch-size", 64)
-    assert "out of memory in an evaluation of 360 images at a time; try --eval-batch-size 180" in line, line
+    assert (
+        "out of memory in an evaluation of 360 images at a time; try --eval-batch-size 180, which is another run"
+        in line
+    ), line
 
 
 def test_a_dataset_that_changed_is_not_evaluated(run: Run) -> None:
@@ -534,10 +552,13 @@ def test_a_dataset_that_changed_is_not_evaluated(run: Run) -> None:
     assert "is not the data set that this run began with" in refused.err
 
 
-def test_what_is_shown_nowhere_ends_no_run(run: Run) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "dtrain", "train", *map(str, run.argv("--batch-size", 64))], stdout=full, stderr=full
-        )
-    assert done.returncode == 0
+def test_what_is_shown_nowhere_ends_no_run_and_keeps_its_exit_code(run: Run) -> None:
+    def code_of(*arguments: object) -> int:
+        command = [sys.executable, "-m", "dtrain", *map(str, arguments)]
+        with Path("/dev/full").open("w") as full:
+            return subprocess.run(command, stdout=full, stderr=full).returncode
+
+    assert code_of("train", *run.argv("--batch-size", 64)) == 0
     assert read_record(run.path).status == "finished"  # type: ignore[union-attr]
+    assert code_of("train", *run.argv("--batch-size", 32)) == 2  # with a table of what differs
+    assert code_of("runs", run.folder, "--json") == 6  # here the output is what was asked for

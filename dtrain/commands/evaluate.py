@@ -27,10 +27,9 @@ from dtrain.world import Place, World
 def load_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
     """The checkpoint that `which` means: last, best or a step. Raises StorageError, UsageError."""
     folder = run / checkpoint.FOLDER
-    newest = checkpoint.find(folder).checkpoint
-    if newest is None:
-        raise StorageError(f"{run}: no sound checkpoint is there; give a run directory")
-    if which == "last":
+    if which == "last" or not checkpoint.listed(folder):
+        if (newest := checkpoint.find(folder).checkpoint) is None:
+            raise StorageError(f"{run}: no sound checkpoint is there; give a run directory")
         return newest
     step = _best_step(run) if which == "best" else int(which) if which.isdigit() else None
     if step not in checkpoint.listed(folder):

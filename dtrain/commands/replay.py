@@ -91,8 +91,9 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
         raise UsageError(f"--out {out}: lies in the run, into which nothing is written; give another folder")
     saved = _newest_before(run, step)
     config = TrainConfig.elsewhere(saved.about["config"], here)
-    record, world_size = read_record(run), _processes_at(run, step)
+    record = read_record(run)
     resolved = dict(record.resolved) if record is not None else {}
+    world_size = _processes_at(run, step) or int(resolved.get("world_size", 1))
     machine = runtime.decide(config, local_rank=0, local_world=1, kept=resolved)
     runtime.apply(machine, deterministic=config.deterministic)
     dataset = Console(False).converting(load_dataset(config))
@@ -123,17 +124,17 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
         "step": step,
         "checkpoint": checkpoint.name_of(saved.step),
         "processes": world_size,
-        "sync_bn": config.sync_bn,
+        "sync_bn": saved.about["config"].get("sync_bn", False),
         **found,
         "worst": samples[:SHOWN],
         "pictures": [str(path) for path in pictures],
     }
 
 
-def _processes_at(run: Path, step: int) -> int:
-    """On how many processes a step was made: what the last start before it said."""
+def _processes_at(run: Path, step: int) -> int | None:
+    """On how many processes a step was made: what the last start before it said; None where no row is left."""
     events = [row for row in read_rows(run) if row["kind"] == "event" and row["step"] < step and "processes" in row]
-    return int(events[-1]["processes"]) if events else 1
+    return int(events[-1]["processes"]) if events else None
 
 
 def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:

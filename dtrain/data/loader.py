@@ -308,8 +308,8 @@ def open_loader(
     comes out; of larger stored images a keyed crop where there is augmentation, else the middle; one channel out of
     three is their luma. augmentation: for requests with an epoch. mean, std: in 0..1, one number, or one for each
     channel that comes out or is stored. largest: images in the largest request. The first batch compiles the kernel
-    once a machine. Raises UsageError for ffcv where it is not installed, for JPEGs without it, and for more pixels than
-    are stored.
+    once a machine. Raises UsageError for ffcv where it cannot be imported, for JPEGs without it, and for more pixels
+    than are stored.
     """
     chosen, told = _chosen(kind)
     if chosen == "memory" and beton.stored != "raw":

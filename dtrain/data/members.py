@@ -217,7 +217,7 @@ def _tar_files(path: Path) -> Iterator[tuple[tuple[str, ...], Read]]:
                 continue
             if not info.isreg() or info.name.startswith("/") or ".." in parts:
                 raise DataError(f"{path}: {info.name!r} is a link, a device or leads outside; pack plain files only")
-            if not parts[-1].startswith("."):
+            if len(parts) > 2 and parts[0] in PARTS and not any(part.startswith(".") for part in parts):
                 filled.add(parts[:2])
             yield parts, partial(read, info)
     if empty := sorted(named - filled):

@@ -108,9 +108,9 @@ def _fitted(source: Source, asked: Conversion) -> Source:
 def digest_of(place: Place, memo: Path | None = None) -> str:
     """64 hex digits that change when the content does.
 
-    Of a tar: the SHA-256 of its bytes, remembered in the file `memo` by size and time of change. Of a folder: the
-    SHA-256 of the names, sizes and times of its files, so that a start need not read them. Of what is built in: of its
-    name and version.
+    Of a tar: the SHA-256 of its bytes, remembered in the file `memo` by place, size and time of change. Of a folder:
+    the SHA-256 of the names, sizes and times of its files, so that a start need not read them. Of what is built in: of
+    its name and version.
     """
     if place.path is None:
         return hashlib.sha256(f"{place.name} 1".encode()).hexdigest()

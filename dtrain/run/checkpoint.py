@@ -7,7 +7,7 @@
 
 A checkpoint is sound if `load` accepts it, and there is no other test. The bytes that are hashed are the bytes that
 are parsed: they are read once, and safetensors sees them only after size and SHA-256 agree. Only the process that owns
-the run directory reads and writes here; it sends the others what it has loaded.
+the run directory writes here; the others of its run are sent what it has loaded.
 """
 
 from __future__ import annotations

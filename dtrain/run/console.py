@@ -48,9 +48,10 @@ class Console:
 
     def stop(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(OSError):
+                bar.stop()
 
     def train(self, row: Mapping[str, Any], total_epochs: float, total_steps: int) -> None:
         """A train row: progress, loss, accuracy, rate, speed, wait, time left."""
@@ -95,7 +96,8 @@ class Console:
             return result
         finally:
             if bar is not None:
-                bar.stop()
+                with suppress(OSError):
+                    bar.stop()
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Two columns under a title."""

@@ -13,7 +13,18 @@ from dtrain import plugins
 from dtrain.config import TrainConfig, read_config
 from dtrain.errors import DataError, DtrainError, StorageError, UsageError
 from dtrain.run.console import Console, three_ways
-from dtrain.run.rundir import CONFIG, Record, Row, RunDir, environment, open_run, read_record, read_rows, versions
+from dtrain.run.rundir import (
+    CONFIG,
+    Record,
+    Row,
+    RunDir,
+    check_writable,
+    environment,
+    open_run,
+    read_record,
+    read_rows,
+    versions,
+)
 from dtrain.run.tracking import Tracking
 
 WHERE = ("output", "name", "resume", "recipe")  # how the run was found, and no part of it
@@ -90,6 +101,13 @@ def path_of(config: TrainConfig) -> Path:
         given = Path(config.resume)
         return given.parent.parent if given.parent.name == "checkpoints" else given
     return config.output or Path("runs") / config.run_name()
+
+
+def refuse_unwritable(config: TrainConfig) -> None:
+    """Raise StorageError if the run directory could not be written, before the work that comes before it."""
+    path = path_of(config)
+    taken = config.resume == "none" and path.exists()  # then one beside it
+    check_writable(path.parent if taken else path)
 
 
 def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:

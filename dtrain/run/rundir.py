@@ -139,8 +139,8 @@ def open_run(output: Path | None, runs: Path, name: str, *, fresh: bool) -> RunD
             path = base.with_name(f"{base.name}-{number}")
 
 
-def refuse_unwritable(path: Path) -> None:
-    """Raise StorageError if no run directory can be made at `path`, as far as that is seen without making it."""
+def check_writable(path: Path) -> None:
+    """Raise StorageError if no folder can be made at `path`, as far as that is seen without making it."""
     with _told(path, ELSEWHERE):
         there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not there.is_dir():
