@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from dtrain.errors import EXIT_STOPPED_UNSAVED, DtrainError, StorageError
 from dtrain.runtime import tune_allocator
@@ -31,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_run = arguments[:1] == ["train"]  # which is more than what it prints
     try:
         _recorded(arguments)
+        if not is_run:
+            sys.stdout.flush()  # else what was asked for may be lost unseen
     except DtrainError as error:
         code = error.exit_code
         # what is wrong with the command line itself, all processes of a host find alike: one of them tells
@@ -50,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = _unwritten(error)
         elif told:
             _tell(f"error: {type(error).__name__}: {error} (a defect of dtrain or of a plugin)", True)
-    if (refused := _flushed(sys.stdout)) is not None and code == 0 and not is_run:
-        code = _unwritten(refused)
-    _flushed(sys.stderr)
     _leave(code, told)
 
 
@@ -86,17 +84,6 @@ def _tell(line: str, with_traceback: bool, table: str = "") -> None:
         print(table + " ".join(line.split("\n")), file=sys.stderr)
 
 
-def _flushed(stream: TextIO) -> OSError | None:
-    """Write what is left; the error where that is refused: it then goes nowhere."""
-    try:
-        stream.flush()
-    except OSError as error:
-        # Python would try again at its end, and exit with 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
-    return None
-
-
 def _unwritten(refused: OSError) -> int:
     """The exit code where standard output did not take all that was asked for. A reader that has left wants no more."""
     if isinstance(refused, BrokenPipeError):
@@ -107,6 +94,11 @@ def _unwritten(refused: OSError) -> int:
 
 def _leave(code: int, told: bool) -> None:
     """Exit. After an error among several processes at once: a gloo group waits for its peers while it is torn down."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what nobody takes goes nowhere; Python would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and told and (file := os.environ.get("DTRAIN_EXIT_CODE_FILE")):
         Path(file).write_text(str(code), encoding="ascii")  # for commands/launch.py
     if code and os.environ.get("WORLD_SIZE", "1") != "1":

@@ -33,7 +33,7 @@ from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, check_batch, make_plan
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
-from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, refuse_unwritable, resolved_before
+from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
 from dtrain.run.state import RunClock, Stopwatch, TrainState
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
@@ -119,7 +119,6 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
-    world.from_main(lambda: refuse_unwritable(config))
     kept = world.from_main(lambda: resolved_before(config, at.size))
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
@@ -427,7 +426,7 @@ class Training:
 
     def _resumed(self) -> TrainState:
         """Go on from the newest sound checkpoint: rank 0 finds and reads it, the others get its bytes. Collective."""
-        started, found = time.monotonic(), checkpoint.Found(None, None, [])
+        started, found = time.monotonic(), checkpoint.Found(None, [])
 
         def read() -> checkpoint.Checkpoint | None:
             nonlocal found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from small_network import small
@@ -13,10 +14,12 @@ STEP = 6  # training passes, those of the rehearsal included
 
 
 class _Faulty(nn.Module):
-    def __init__(self, num_classes: int) -> None:
+    """Does `fault` in one training pass of process 1, or of the only one."""
+
+    def __init__(self, num_classes: int, fault: Callable[[], object]) -> None:
         super().__init__()
         self.network = small(num_classes)
-        self.passes = 0
+        self.passes, self.fault = 0, fault
 
     def forward(self, images: Tensor) -> Tensor:
         self.passes += self.training
@@ -25,18 +28,9 @@ class _Faulty(nn.Module):
         output: Tensor = self.network(images)
         return output
 
-    def fault(self) -> None:
-        raise NotImplementedError
 
-
-class _Raises(_Faulty):
-    def fault(self) -> None:
-        raise ValueError("this network has had enough")
-
-
-class _Sleeps(_Faulty):
-    def fault(self) -> None:
-        time.sleep(1000)
+def _raise() -> None:
+    raise ValueError("this network has had enough")
 
 
 class _Forgets(nn.Module):
@@ -53,11 +47,11 @@ class _Forgets(nn.Module):
 
 
 def raises(num_classes: int) -> nn.Module:
-    return _Raises(num_classes)
+    return _Faulty(num_classes, _raise)
 
 
 def sleeps(num_classes: int) -> nn.Module:
-    return _Sleeps(num_classes)
+    return _Faulty(num_classes, lambda: time.sleep(1000))
 
 
 def forgets(num_classes: int) -> nn.Module:
@@ -97,11 +91,6 @@ class _Bright(nn.Module):
 
 def bright(num_classes: int, *, limit: float = 0.3, alone: bool = False) -> nn.Module:
     return _Bright(num_classes, limit, alone)
-
-
-class _Hungry(_Faulty):
-    def fault(self) -> None:
-        torch.empty(1 << 50)
 
 
 class _HungryForMany(nn.Module):
@@ -147,7 +136,7 @@ class _Counts(nn.Module):
 
 
 def hungry(num_classes: int) -> nn.Module:
-    return _Hungry(num_classes)
+    return _Faulty(num_classes, lambda: torch.empty(1 << 50))
 
 
 def counts(num_classes: int, *, goes_on: bool = True) -> nn.Module:

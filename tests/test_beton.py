@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from needs import need_ffcv
 
 from dtrain.commands import data
 from dtrain.config import Conversion
@@ -79,8 +79,7 @@ def pixels_in(beton: Beton) -> Pixels:
 @pytest.fixture
 def ffcv() -> Iterator[None]:
     """FFCV, imported through our one door, which keeps that cheap and without traces."""
-    if importlib.util.find_spec("ffcv") is None:
-        pytest.skip("FFCV is not installed")
+    need_ffcv()
     import dtrain.data.ffcv_reader  # noqa: F401
 
     yield

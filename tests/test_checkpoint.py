@@ -162,7 +162,7 @@ def test_the_newest_sound_one_is_used_and_the_damaged_ones_are_named_and_set_asi
         ["step-00000300", "step-00000200"],
     )
     found = checkpoint.newest(tmp_path)
-    assert (found.path, found.checkpoint.step) == (tmp_path / "step-00000100", 100)
+    assert found.checkpoint.step == 100
     assert [path.name for path, _ in found.damaged] == ["step-00000300.damaged", "step-00000200.damaged"]
     assert all(name in reason for _, reason in found.damaged)
     assert checkpoint.listed(tmp_path) == [100]
@@ -172,12 +172,12 @@ def test_the_newest_sound_one_is_used_and_the_damaged_ones_are_named_and_set_asi
 def test_a_folder_renamed_to_another_step_is_not_that_step(tmp_path: Path) -> None:
     save(tmp_path, 100).rename(tmp_path / "step-00000900")
     found = checkpoint.newest(tmp_path)
-    assert (found.path, found.checkpoint) == (None, None)
+    assert found.checkpoint is None
     assert found.damaged == [(tmp_path / "step-00000900.damaged", "manifest.json is of step 100")]
 
 
 def test_where_nothing_was_saved_nothing_is_found(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "checkpoints") == checkpoint.Found(None, None, [])
+    assert checkpoint.newest(tmp_path / "checkpoints") == checkpoint.Found(None, [])
 
 
 # -- what is hostile -------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_kill_9_in_the_middle_of_a_save_costs_this_save_and_no_other(tmp_path: P
         last_begun = int((folder / "begun").read_text().split()[-1])
         interrupted += any(folder.glob(".partial-*"))
         found = checkpoint.newest(folder)
-        assert found.path is not None
+        assert found.checkpoint is not None
         assert found.damaged == []
         assert found.checkpoint.step in (last_begun - 1, last_begun)
         assert not any(folder.glob(".*"))

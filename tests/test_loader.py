@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from needs import need_ffcv
 from test_beton import Pixels, converted, finished, pixels_of, source_of
 from test_pixels import MEAN, STD, reference, written
 from warm import Warm
@@ -53,8 +53,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def needed(kind: str) -> str:
-    if kind == "ffcv" and importlib.util.find_spec("ffcv") is None:
-        pytest.skip("FFCV is not installed")
+    if kind == "ffcv":
+        need_ffcv()
     return kind
 
 
@@ -479,7 +479,7 @@ def test_a_batch_larger_than_was_announced_is_refused(beton: Beton, kind: str) -
 
 
 def test_ffcv_leaves_threads_environment_and_numpys_generator_as_they_were(beton: Beton) -> None:
-    needed("ffcv")
+    need_ffcv()
     code = """if True:
         import os, sys
         from pathlib import Path
@@ -564,7 +564,7 @@ def test_images_are_normalised_by_the_training_set_unless_told_otherwise(
 
 
 def test_ffcv_leaves_numba_s_types_as_they_are(beton: Beton) -> None:
-    pytest.importorskip("ffcv")
+    need_ffcv()
     flat = numba.uint8[::1]
     assert flat.mutable
     with opened(beton, lambda step: Request(np.arange(2), 0) if step == 0 else None, "ffcv") as loader:
@@ -574,9 +574,12 @@ def test_ffcv_leaves_numba_s_types_as_they_are(beton: Beton) -> None:
 
 
 def test_where_ffcv_cannot_be_imported_memory_takes_its_place_and_says_why(ranks: Warm) -> None:
-    needed("ffcv")
+    need_ffcv()
     auto, asked = ranks.call("test_loader:without_opencv", 1)[0]
-    assert auto == ("memory", "memory (FFCV cannot be imported: libopencv_core.so.4: cannot open shared object file)")
+    assert auto == (
+        "MemoryReader",
+        "memory (FFCV cannot be imported: libopencv_core.so.4: cannot open shared object file)",
+    )
     assert asked.startswith("--loader ffcv: FFCV cannot be imported (libopencv_core.so.4: cannot open")
 
 
@@ -596,5 +599,6 @@ def without_opencv() -> tuple[tuple[str, str], str]:
     try:
         _chosen("ffcv")
     except UsageError as error:
-        return _chosen("auto"), str(error)
-    return _chosen("auto"), ""
+        asked = str(error)
+    reader, told = _chosen("auto")
+    return (reader.__name__, told), asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from needs import need_ffcv
 from test_beton import CLASSES, Pixels, converted, finished, pixels_in, pixels_of, smooth, source_of
 
 from dtrain.config import Conversion
@@ -79,8 +79,7 @@ def by_ffcv(path: Path, samples: list[tuple[Any, ...]], order: tuple[str, str], 
 def test_what_ffcvs_own_writer_wrote_is_read_whatever_its_names_order_sizes_and_modes(
     tmp_path: Path, order: tuple[str, str]
 ) -> None:
-    if importlib.util.find_spec("ffcv") is None:
-        pytest.skip("FFCV is not installed")
+    need_ffcv()
     import dtrain.data.ffcv_reader  # noqa: F401 - the one door, which keeps the import cheap and without traces
 
     samples = [(smooth(12, size)[index], index % 3) for index, size in enumerate([30, 41, 40] * 4)]

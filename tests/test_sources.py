@@ -111,7 +111,7 @@ def test_digits_are_1437_and_360_real_digits_of_32x32_with_36_of_each_class_held
     assert len({image.tobytes() for image in images}) == 1797
 
 
-def test_the_digits_of_the_package_are_those_of_scikit_learn() -> None:
+def test_the_digits_of_the_package_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     with np.load(Path(__file__).parents[1] / "dtrain" / "data" / "digits.npz") as file:
         images, labels = file["images"], file["labels"]
     # the first digit of load_digits(), a zero, stands in scikit-learn's documentation
@@ -121,7 +121,10 @@ def test_the_digits_of_the_package_are_those_of_scikit_learn() -> None:
         [0, 3, 15, 2, 0, 11, 8, 0],
     ]
     assert labels[:10].tolist() == list(range(10))
-    datasets = pytest.importorskip("sklearn.datasets")
+    for name, value in (("KMP_DUPLICATE_LIB_OK", "True"), ("KMP_INIT_AT_FORK", "FALSE")):
+        monkeypatch.setenv(name, value)  # else scikit-learn sets them for good
+    from sklearn import datasets
+
     bunch = datasets.load_digits()
     assert np.array_equal(images, bunch.images.astype(np.uint8))
     assert np.array_equal(labels, bunch.target)
@@ -515,7 +518,8 @@ def write_cifar(data_dir: Path, dataset: str) -> Path:
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_cifar_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # which the import would set, and leave
-    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import datasets  # costs as much as torch, so only here
+
     folder = write_cifar(tmp_path, dataset)
 
     def md5(name: str) -> str:
@@ -604,7 +608,8 @@ def write_mnist(data_dir: Path, *, zipped: bool) -> Path:
 @pytest.mark.parametrize("zipped", [False, True])
 def test_mnist_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # which the import would set, and leave
-    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import datasets  # costs as much as torch, so only here
+
     write_mnist(tmp_path / "plain", zipped=False)
     folder = write_mnist(tmp_path, zipped=zipped)
     assert locate("mnist", tmp_path, download=False).path == folder

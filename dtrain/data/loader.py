@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dtrain.data.augment import Augmentation, Decisions, decide, mixed_labels, undecided
 from dtrain.data.beton import LUMA, Beton
+from dtrain.data.memory_reader import MemoryReader
 from dtrain.data.pixels import lookup_table, write_images
 from dtrain.errors import DataError, UsageError
 from dtrain.keyed import Stream, key
@@ -58,7 +59,7 @@ class Request:
 class Loader:
     """Batches by step; see `open_loader`. Use it from one thread; close it, or leave its `with` block.
 
-    kind: of its reader, "ffcv" or "memory"; told: the same for people, with the reason where it is not the wanted one.
+    reader: its class; told: its name for people, with the reason where it is not the one that was wanted.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Loader:
         beton: Beton,
         request_at: Callable[[int], Request | None],
         *,
-        kind: str,
+        reader: Any,
         told: str,
         image_size: int,
         channels: int,
@@ -78,7 +79,7 @@ class Loader:
         kernel_threads: int,
         largest: int,
     ) -> None:
-        self.kind, self.told = kind, told
+        self._reader, self.told = reader, told
         self.wait_seconds = 0.0  # spent in `batch`, waiting for one
         self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
         self._size, self._channels, self._mean, self._std = image_size, channels, mean, std
@@ -143,7 +144,7 @@ class Loader:
                 yield request.indices
                 at += 1
 
-        reader = _READERS[self.kind]()(self._beton, indices(), self._largest)
+        reader = self._reader(self._beton, indices(), self._largest)
         try:
             for flat, offsets in reader:
                 yield self._make(flat, offsets, wanted.pop(0))
@@ -257,34 +258,19 @@ class _Ahead:
         self._thread.join()
 
 
-def _ffcv() -> Any:
-    from dtrain.data.ffcv_reader import FfcvReader  # imports FFCV
-
-    return FfcvReader
-
-
-def _memory() -> Any:
-    from dtrain.data.memory_reader import MemoryReader
-
-    return MemoryReader
-
-
-_READERS: dict[str, Callable[[], Any]] = {"ffcv": _ffcv, "memory": _memory}
-
-
-def _chosen(kind: str) -> tuple[str, str]:
-    """The reader that auto, ffcv or memory comes to, and the same for people. Imports FFCV to know."""
+def _chosen(kind: str) -> tuple[Any, str]:
+    """The class of the reader that auto, ffcv or memory comes to, and its name for people. Imports FFCV to know."""
     if kind == "memory" or (kind == "auto" and importlib.util.find_spec("ffcv") is None):
-        return "memory", "memory"
+        return MemoryReader, "memory"
     try:
-        _ffcv()
+        from dtrain.data.ffcv_reader import FfcvReader
     except (ImportError, OSError) as error:  # it is not there, or a library that it needs
         if kind == "ffcv":
             raise UsageError(
                 f"--loader ffcv: FFCV cannot be imported ({error}); pip install 'dtrain[ffcv]', or use --loader memory"
             ) from error
-        return "memory", f"memory (FFCV cannot be imported: {error})"
-    return "ffcv", "ffcv"
+        return MemoryReader, f"memory (FFCV cannot be imported: {error})"
+    return FfcvReader, "ffcv"
 
 
 def open_loader(
@@ -311,8 +297,8 @@ def open_loader(
     once a machine. Raises UsageError for ffcv where it cannot be imported, for JPEGs without it, and for more pixels
     than are stored.
     """
-    chosen, told = _chosen(kind)
-    if chosen == "memory" and beton.stored != "raw":
+    reader, told = _chosen(kind)
+    if reader is MemoryReader and beton.stored != "raw":
         raise UsageError(
             f"{beton.path} is so large that it is stored as JPEG, which FFCV alone reads: pip install 'dtrain[ffcv]', "
             "leave out --loader memory, or give a smaller --image-size or --store-size"
@@ -325,7 +311,7 @@ def open_loader(
     return Loader(
         beton,
         request_at,
-        kind=chosen,
+        reader=reader,
         told=told,
         image_size=image_size,
         channels=channels,

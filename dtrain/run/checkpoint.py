@@ -58,9 +58,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest sound checkpoint and where it is, None where there is none; the newer ones that are not, and why."""
+    """The newest sound checkpoint, None where there is none; the newer ones that are not, and why."""
 
-    path: Path | None
     checkpoint: Checkpoint | None
     damaged: list[tuple[Path, str]]
 
@@ -280,9 +279,9 @@ def find(checkpoints: Path) -> Found:
             damaged.append((path, str(error)))
             continue
         if saved.step == step:
-            return Found(path, saved, damaged)
+            return Found(saved, damaged)
         damaged.append((path, f"{MANIFEST} is of step {saved.step}"))
-    return Found(None, None, damaged)
+    return Found(None, damaged)
 
 
 def newest(checkpoints: Path) -> Found:

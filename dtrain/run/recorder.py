@@ -103,19 +103,15 @@ def path_of(config: TrainConfig) -> Path:
     return config.output or Path("runs") / config.run_name()
 
 
-def refuse_unwritable(config: TrainConfig) -> None:
-    """Raise StorageError if the run directory could not be written, before the work that comes before it."""
-    path = path_of(config)
-    taken = config.resume == "none" and path.exists()  # then one beside it
-    check_writable(path.parent if taken else path)
-
-
 def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """What `auto` became when this run began, for a resume to keep; empty for a new run.
 
-    Threads are kept for an equal number of processes only: another number divides the cores anew.
+    Threads are kept for an equal number of processes only: another number divides the cores anew. Raises StorageError
+    if the directory could not be written, before any work is done for it.
     """
-    record = None if config.resume == "none" else read_record(path_of(config))
+    path, fresh = path_of(config), config.resume == "none"
+    check_writable(path.parent if fresh and path.exists() else path)  # a taken one is left alone
+    record = None if fresh else read_record(path)
     if record is None:
         return {}
     kept = {"amp_dtype": record.resolved.get("amp_dtype")}
