@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from betons import finished
 from PIL import Image
-from test_beton import finished
 from warm import Warm
 
 from dtrain.commands.contact_sheet import GAP, MARGIN, SIDE, Tile, contact_sheet

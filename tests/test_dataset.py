@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from betons import Pixels, finished, pixels_of
+from pets import FILES, contents, png, write_folder
 from PIL import Image, ImageOps
-from test_beton import Pixels, finished, pixels_of
-from test_sources import FILES, contents, png, write_folder
 from warm import Warm
 
 from dtrain.config import TrainConfig

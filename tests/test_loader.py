@@ -16,8 +16,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from betons import Pixels, converted, finished, pixels_of, source_of
 from needs import need_ffcv
-from test_beton import Pixels, converted, finished, pixels_of, source_of
 from test_pixels import MEAN, STD, reference, written
 from warm import Warm
 

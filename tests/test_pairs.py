@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from betons import CLASSES, Pixels, converted, finished, pixels_in, pixels_of, smooth, source_of
 from needs import need_ffcv
-from test_beton import CLASSES, Pixels, converted, finished, pixels_in, pixels_of, smooth, source_of
 
 from dtrain.config import Conversion
 from dtrain.data.cache import prepare

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import pixels_of, png
+from pets import pixels_of, png
 
 CONVERT = """if True:
     import json, re, sys, time
