@@ -9,6 +9,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,6 +130,19 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+@contextmanager
+def memory_told(what: str) -> Iterator[None]:
+    """Make a refusal of memory inside a UsageError: out of memory `what`, which says when, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        line = str(error).splitlines()[0] if str(error) else "no more is known"
+        # from None: the one who tells first is the nearest to it
+        raise UsageError(f"out of memory {what} ({type(error).__name__}: {line})") from None
 
 
 def apply(runtime: Runtime, *, deterministic: bool) -> None:

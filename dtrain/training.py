@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dtrain import runtime
 from dtrain.config import TrainConfig
 from dtrain.data.cache import CONVERSION_SECONDS
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.errors import DivergedError, Stopped, StorageError, UsageError
+from dtrain.errors import DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
 from dtrain.model.learner import learner_of
@@ -64,10 +64,11 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
         if not command:
             opened.enter_context(signals_as_before())
         opened.callback(console.stop)
-        recorder, plan = None, None
+        recorder = None
         try:
             machine = _join(config, world, at)
-            dataset = console.converting(load_dataset(config))
+            with runtime.memory_told("while the data set was prepared; it needs a larger machine"):
+                dataset = console.converting(load_dataset(config))
             world.wait_for_all("prepared", CONVERSION_SECONDS)  # each host may convert for itself, one for longer
             world.same(str(dataset.facts), f"data set {config.dataset}")
             plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
@@ -76,38 +77,26 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                 lambda main: open_recorder(config, main=main, command=command, resolved=resolved)
             )
             opened.callback(recorder.close, console)
-            run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
-            run.state.seconds["start-up"] += time.monotonic() - started
-            try:
-                summary = run.loop()
-            except Stopped:
-                world.leave()  # where that fails, it is told below
-                raise
+            with runtime.memory_told(f"with {plan.micro_batch} images at a time a process; {plan.lighter()}"):
+                run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
+                run.state.seconds["start-up"] += time.monotonic() - started
+                try:
+                    summary = run.loop()
+                except Stopped:
+                    world.leave()  # where that fails, it is told below
+                    raise
             world.leave()
             return summary
         except Stopped as stopped:
             setattr(stopped, "told_elsewhere", not world.is_main)  # noqa: B010 - read by __main__, which prints
             raise
-        except Exception as refused:
-            error = _explained_memory(refused, plan) if runtime.is_out_of_memory(refused) else refused
+        except Exception as error:
             if world.size > 1:
                 world.ignore_signals()  # the launcher sends one when another process is gone; first this one tells
             explained = world.explained(error)
             if recorder is not None:
                 recorder.failed(explained)
-            raise explained from (refused if explained is not refused else refused.__cause__)
-
-
-def _explained_memory(refused: Exception, plan: Plan | None) -> Exception:
-    """An allocation that was refused, told with the batch to try."""
-    what = _in_short(refused)
-    if plan is None:
-        return UsageError(f"out of memory while the data set was prepared; it needs a larger machine ({what})")
-    return UsageError(f"out of memory with {plan.micro_batch} images at a time a process; {plan.lighter()} ({what})")
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}"
+            raise explained from (error if explained is not error else error.__cause__)
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
@@ -288,28 +277,15 @@ class Training:
             return asked
         if self.network.device.type == "cuda":
             torch.cuda.synchronize(self.network.device)  # what is queued is training
-        with self.watch.away("eval"), self._evaluation_explained():
+        images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
+        advice = f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
+        told = runtime.memory_told(f"in an evaluation of {images} images at a time; {advice}")
+        with self.watch.away("eval"), told:
             results, ask = evaluate(self.network, modules, self.chunks, self.world, self.clock)
         state.eval_due = results is None
         for weights, sums in (results or {}).items():
             self._record_evaluation(weights, sums)
         return Ask(save=ask.save or asked.save, stop=ask.stop)
-
-    @contextmanager
-    def _evaluation_explained(self) -> Iterator[None]:
-        """A refusal of memory, told with the setting that helps here."""
-        try:
-            yield
-        except Exception as refused:
-            if not runtime.is_out_of_memory(refused):
-                raise
-            images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
-            advice = (
-                f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
-            )
-            raise UsageError(
-                f"out of memory in an evaluation of {images} images at a time; {advice} ({_in_short(refused)})"
-            ) from None  # so that it is not taken for the training's
 
     def _record_evaluation(self, weights: str, sums: Sums) -> None:
         state = self.state
