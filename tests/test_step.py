@@ -303,6 +303,7 @@ def shares() -> dict[str, Any]:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_step_on_cuda_does_not_wait_for_the_device(skip: bool) -> None:
     if not torch.cuda.is_available():

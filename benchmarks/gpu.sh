@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that only a machine with a CUDA GPU can check, in about four minutes; run it from the root of a checkout.
+# dtrain need not be installed: this writes the metadata in which Python finds the plugins. PYTHON chooses the interpreter.
+# Each check prints its exit code; the script ends with the number of those that failed.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+unset CI  # where CI is set, a missing FFCV is a failure, and a machine with a GPU need not have it
+python=${PYTHON:-python3}
+PYTHONPATH=$PWD:$PWD/plugins:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH PYTHONUNBUFFERED=1
+"$python" -c "from setuptools import setup; setup()" -q egg_info
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+failed=0
+
+check() {  # check NAME SECONDS COMMAND ...: run it, show the end of what it prints, count a failure
+    local name=$1 limit=$2 started=$SECONDS code
+    shift 2
+    timeout "$limit" "$@" >"$folder/log" 2>&1
+    code=$?
+    echo "== $name: exit code $code after $((SECONDS - started)) s"
+    tail -n "${LINES_SHOWN:-6}" "$folder/log"
+    [ "$code" -eq 0 ] || failed=$((failed + 1))
+}
+
+train=("$python" -m dtrain train --device cuda --dataset digits --arch allcnn_c)
+
+"$python" -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), flush=True)"
+check "tests" 240 "$python" -m pytest -m gpu -p no:cacheprovider tests
+check "a run" 120 "${train[@]}" --epochs 4 --output "$folder/run"
+check "eval" 60 "$python" -m dtrain eval "$folder/run" --device cuda
+check "replay" 60 "$python" -m dtrain replay "$folder/run" --step 60 --device cuda --out "$folder/pictures"
+check "float16, EMA, clipping" 60 "${train[@]}" --steps 40 --amp-dtype float16 --ema 0.99 --output "$folder/half"
+check "skip" 60 "${train[@]}" --steps 40 --on-nonfinite skip --output "$folder/skip"
+check "muon" 60 "${train[@]}" --opt muon --lr 0.02 --clip-grad 5 --steps 40 --output "$folder/muon"
+check "resume" 120 "$python" -m dtrain prove resume --stops 2 -- --device cuda --deterministic --dataset digits \
+    --arch allcnn_c --steps 40
+for arch in allcnn_c resnet18; do
+    check "speed of $arch" 60 "$python" -m dtrain train --device cuda --dataset synthetic --recipe none --arch $arch \
+        --batch-size 512 --steps 300 --lr 0.01 --flip --shift 2 --log-interval 50 --eval-every end --output "$folder/$arch"
+done
+exit "$failed"
