@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 import dtrain
-from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, settings_fields, type_of
 from dtrain.errors import EXIT_STOPPED_UNSAVED, UsageError, nearest
+from dtrain.flags import own_flag, with_flags
 from dtrain.plugins import find
-from dtrain.ranges import flag_of
 from dtrain.run import trackers
+from dtrain.settings import SETTINGS, TrainConfig
+from dtrain.settings.data import Data
+from dtrain.settings.layers import RUN_CONFIG
+from dtrain.settings.machine import Machine
+from dtrain.settings.run import Run
 
 app = typer.Typer(
     name="dtrain",
@@ -75,76 +77,16 @@ def run(arguments: list[str]) -> None:
         sys.exit(code)
 
 
-# -- flags out of fields -----------------------------------------------------------------------------------------------
-
-
-def _with_train_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Give `function(settings, **own)` one option for each field of TrainConfig, beside its own keyword parameters."""
-    hints = get_type_hints(function, include_extras=True)
-    own = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
-        for p in inspect.signature(function).parameters.values()
-        if p.name != "settings"
-    ]
-    flags = [_parameter(f.name, f.metadata, f.default) for f in settings_fields()]
-
-    def command(**given: Any) -> None:
-        extra = {p.name: given.pop(p.name) for p in own}
-        function({name: value for name, value in given.items() if value not in (None, [])}, **extra)
-
-    parameters = flags + own
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = function.__doc__
-    command.__name__ = function.__name__
-    return command
-
-
-def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
-    kind, optional = type_of(name)
-    flags = list(about["flags"]) or [flag_of(name)]
-    text = about["help"]
-    if about["choices"]:
-        text += f"; one of {', '.join(about['choices'])}"
-    annotation: Any = str | None  # values are checked in one place, config.coerced, whatever layer they come from
-    shown = "" if optional or default in ("", None, ()) else f"{default:g}" if kind is float else str(default)
-    if kind is bool:
-        flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
-        annotation = bool | None
-        shown = "" if optional else ("yes" if default else "no")
-    elif get_origin(kind) is dict:
-        annotation, shown = list[str] | None, ""
-    text += f" [default: {shown}]" if shown else ""
-    option = typer.Option(
-        *flags,
-        help=text.replace("[", "\\["),  # not rich's markup
-        rich_help_panel=about["panel"],
-        metavar=_metavar(kind),
-        show_default=False,
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-    )
-
-
-def _metavar(kind: Any) -> str:
-    # " ": click then shows nothing
-    names = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT", tuple[str, ...]: "NAME,NAME"}
-    return "K=V" if get_origin(kind) is dict else names.get(kind, "X,X,X")
-
-
-def _own(flag: str, panel: str, text: str, metavar: str = " ", **more: Any) -> Any:
-    return typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
-
-
 ConfigFile = Annotated[
-    Path | None, _own("--config", "The run", "TOML file of settings, such as a run's config.toml", "PATH")
+    Path | None, own_flag("--config", Run.title, "TOML file of settings, such as a run's config.toml", "PATH")
 ]
-DryRun = Annotated[bool, _own("--dry-run", "The run", "print plan, shapes, parameters, memory and first rates; stop")]
+DryRun = Annotated[
+    bool, own_flag("--dry-run", Run.title, "print plan, shapes, parameters, memory and first rates; stop")
+]
 Nproc = Annotated[
-    int, _own("--nproc", "Machine", "processes on this machine, as torchrun starts them \\[default: 1]", "N")
+    int, own_flag("--nproc", Machine.title, "processes on this machine, as torchrun starts them \\[default: 1]", "N")
 ]
-Debug = Annotated[bool, _own("--debug", "The run", "add the traceback to an error")]
+Debug = Annotated[bool, own_flag("--debug", Run.title, "add the traceback to an error")]
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
@@ -182,7 +124,7 @@ def _train(
         train(asked, command=sys.argv)
 
 
-app.command("train", rich_help_panel=TRAIN)(_with_train_flags(_train))
+app.command("train", rich_help_panel=TRAIN)(with_flags(_train))
 
 
 def _config_show(settings: dict[str, Any], config: ConfigFile = None, json_: JsonFlag = False) -> None:
@@ -192,12 +134,12 @@ def _config_show(settings: dict[str, Any], config: ConfigFile = None, json_: Jso
     print_table("settings", config_rows(TrainConfig.of(config, **settings)), as_json=json_)
 
 
-config_app.command("show")(_with_train_flags(_config_show))
+config_app.command("show")(with_flags(_config_show))
 
 
 def _here(**given: Any) -> dict[str, Any]:
     """Where a run is looked at: settings that take the place of its own, as far as they are given."""
-    return {name: coerced(name, value) for name, value in given.items() if value is not None}
+    return {name: SETTINGS[name].value(value) for name, value in given.items() if value is not None}
 
 
 @app.command("eval", rich_help_panel=LOOK)
@@ -258,7 +200,7 @@ def _sync(
     """Send a run to trackers such as wandb, from its metrics.jsonl: what they missed, or all of it."""
     from dtrain.commands.sync import sync_run
 
-    sync_run(run, coerced("track", track), as_json=json_)
+    sync_run(run, SETTINGS["track"].value(track), as_json=json_)
 
 
 @app.command("archs", rich_help_panel=INSTALLED)
@@ -298,23 +240,20 @@ def _plugins_new(
     print(next_steps(new_plugin(name, into)))
 
 
-@data_app.command("convert")
 def _data_convert(
-    dataset: Annotated[str, typer.Argument(help="a named set, a folder or a tar")],
-    data_dir: Annotated[Path, typer.Option(help="where named sets are looked for")] = Path("data"),
-    cache_dir: Annotated[Path | None, typer.Option(help="where betons are kept")] = None,
-    image_size: Annotated[int | None, typer.Option(help="as of `dtrain train`")] = None,
-    resize: Annotated[str, typer.Option(help="as of `dtrain train`")] = "crop",
-    store_size: Annotated[int | None, typer.Option(help="as of `dtrain train`")] = None,
-    bad_images: Annotated[str, typer.Option(help="as of `dtrain train`")] = "stop",
+    settings: dict[str, Any], dataset: Annotated[str, typer.Argument(help="a named data set, a folder or a tar")]
 ) -> None:
     """Convert a data set for training, ahead of it."""
-    asked = Conversion(image_size, resize, store_size, bad_images)
+    asked = Data.of({**settings, "dataset": dataset})
     from dtrain.commands.data import convert
     from dtrain.run.console import Console
 
-    for path in Console(True).converting(convert(dataset, data_dir, cache_dir, asked)).values():
-        print(path.path)
+    for beton in Console(True).converting(convert(asked)).values():
+        print(beton.path)
+
+
+CONVERSION = ("data_dir", "cache_dir", "image_size", "resize", "store_size", "bad_images")
+data_app.command("convert")(with_flags(_data_convert, CONVERSION))
 
 
 @data_app.command("inspect")
@@ -360,7 +299,7 @@ def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
         layers.append((settings, config))
 
     parser = typer.Typer(add_completion=False)
-    parser.command()(_with_train_flags(keep))
+    parser.command()(with_flags(keep))
     typer.main.get_command(parser).main(args=arguments, prog_name="dtrain train", standalone_mode=False)
     if not layers:  # --help, which has been printed
         raise typer.Exit(0)

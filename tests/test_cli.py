@@ -12,19 +12,9 @@ from pathlib import Path
 import pytest
 from warm import Warm
 
-FLAGS = (
-    "-a --arch --model --arch-opt --opt --opt-opt --lr --momentum --nesterov --weight-decay --wd -b --batch-size "
-    "--epochs --steps --schedule --schedule-opt --warmup-epochs --smoothing --clip-grad --grad-accum-steps --ema "
-    "--dataset --on-nonfinite "
-    "--data-dir --cache-dir --image-size --resize --store-size --channels --bad-images "
-    "--val-split --loader --flip --shift --cutout --scale "
-    "--affine --jitter --erase --mixup --cutmix --mean --std --eval-batch-size --device "
-    "--backend --threads --dist-timeout --sync-bn --amp-dtype --channels-last --compile --seed --deterministic "
-    "--output --name --resume --checkpoint-every --keep --eval-every --log-interval --max-time --stop-at-accuracy "
-    "--recipe --track "
-    "--config --dry-run --nproc --debug"
-)
-PANELS = ["What is trained", "Optimization", "Data", "Evaluation", "Machine", "The run"]
+from dtrain.settings import PANELS, SETTINGS, flag_of
+
+OWN_FLAGS = ["--config", "--dry-run", "--nproc", "--debug"]  # of `dtrain train`, beside those of the settings
 HEAVY = {"torch", "torchvision", "numba", "ffcv", "dtrain_zoo", "wandb", "tensorboard"}
 
 
@@ -68,11 +58,12 @@ def test_dtrain_alone_prints_its_help() -> None:
 
 
 def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
-    assert re.findall(r"╭─ ([\w ]+?) ─+╮", train_help) == ["Options", *PANELS]
+    assert re.findall(r"╭─ ([\w ]+?) ─+╮", train_help) == ["Options", *(panel.title for panel in PANELS)]
     rows = [row.strip("│ ") for row in train_help.splitlines() if row.startswith("│ -")]
     heads = [re.match(r"(-[-\w]*[, ]*)+", row) for row in rows]
     shown = {flag for head in heads if head for flag in re.split(r"[, ]+", head.group())}
-    assert [flag for flag in FLAGS.split() if flag not in shown] == []
+    wanted = {flag for known in SETTINGS.values() for flag in known.flags or [flag_of(known.name)]} | {*OWN_FLAGS}
+    assert shown - {"", "-h", "--help"} - {flag for flag in shown if flag.startswith("--no-")} == wanted
     texts = [row[head.end() :] for row, head in zip(rows, heads, strict=True) if head]
     assert [text for text in texts if len(text.split()) < 3] == []  # the kind of value, and words
 
@@ -80,15 +71,17 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--lr X peak learning rate for the whole global batch; never rescaled [default: 0.05]",
-        "--batch-size -b N images in one step over all processes together [default: 128]",
-        "--epochs X passes over the training set; 2.5 is allowed [default: 10]",
-        "--dist-timeout X seconds after which a process that does not answer is given up [default: 300]",
+        "--lr X peak learning rate; it is not rescaled with the batch size",
+        "--batch-size -b N images in one step, over all processes together [default: 128]",
+        "--epochs X passes over the training set; fractions such as 2.5 are allowed [default: 10]",
+        "--dist-timeout X seconds after which a process that does not answer is given up and the run ends",
         "--nproc N processes on this machine, as torchrun starts them [default: 1]",
         "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
-        "--amp-dtype TEXT type of the arithmetic; weights stay float32; one of auto, float32, bfloat16, float16",
-        "--track NAME,NAME trackers to send the curves to, comma-separated: wandb, tensorboard, csv",
-        "--flip --no-flip mirror training images left to right, half of them [default: no]",
+        "--amp-dtype TEXT type of the arithmetic under autocast; the weights stay float32; one of auto, float32, "
+        "bfloat16, float16",
+        "--eval-every TEXT how often to evaluate: 500steps, 1epoch, or end [default: 1epoch]",
+        "--track NAME,NAME trackers that the curves are sent to, comma-separated, such as wandb,tensorboard,csv",
+        "--flip --no-flip random horizontal flip of half of the images [default: no]",
     ],
 )
 def test_help_tells_meaning_unit_choices_and_default(train_help: str, words: str) -> None:

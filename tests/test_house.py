@@ -21,6 +21,7 @@ PACKAGES = {
 STOREYS = (
     ("dtrain.__main__", "dtrain.testing"),
     ("dtrain.cli",),
+    ("dtrain.flags",),
     ("dtrain_bench",),
     ("dtrain.commands",),
     ("dtrain",),  # dtrain/__init__.py, the Python API; lazy
@@ -28,8 +29,9 @@ STOREYS = (
     ("dtrain.data", "dtrain.model", "dtrain.run"),
     ("dtrain.runtime", "dtrain.world", "dtrain.plan"),
     ("dtrain.witness",),
-    ("dtrain.config",),
-    ("dtrain.plugins", "dtrain.ranges", "dtrain.schedules"),
+    ("dtrain.config", "dtrain.ranges"),
+    ("dtrain.settings",),
+    ("dtrain.plugins", "dtrain.schedules"),
     ("dtrain.keyed", "dtrain.files"),
     ("dtrain.errors",),
 )

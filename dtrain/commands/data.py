@@ -8,22 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.config import Conversion, TrainConfig
+from dtrain.config import TrainConfig
 from dtrain.data.beton import Beton, Progress, open_beton, verify_beton
 from dtrain.data.cache import prepare
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import whole_file
 from dtrain.plan import make_plan
 from dtrain.run.console import Console
+from dtrain.settings.data import Data
 
 LOOKED_AT = ("flip", "shift", "cutout", "scale", "affine", "jitter", "erase", "mixup", "cutmix")
 
 
-def convert(
-    dataset: str, data_dir: Path, cache_dir: Path | None, asked: Conversion | None = None
-) -> Generator[Progress, None, dict[str, Beton]]:
+def convert(asked: Data) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
-    return prepare(dataset, data_dir, cache_dir, asked)
+    return prepare(asked.dataset, asked.data_dir, asked.cache_dir, asked.conversion())
 
 
 def inspect(path: Path) -> dict[str, Any]:

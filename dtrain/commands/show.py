@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dtrain.config import TrainConfig, settings_fields
 from dtrain.plugins import Kind, listed, recipes
+from dtrain.settings import SETTINGS, TrainConfig
 
 
 def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
@@ -23,10 +23,7 @@ def recipe_rows() -> list[dict[str, Any]]:
 
 def config_rows(config: TrainConfig) -> list[dict[str, Any]]:
     """A row for each setting: value and origin."""
-    return [
-        {"setting": f.name, "value": _shown(getattr(config, f.name)), "from": config.origin(f.name)}
-        for f in settings_fields()
-    ]
+    return [{"setting": name, "value": _shown(config.value(name)), "from": config.origin(name)} for name in SETTINGS]
 
 
 def _shown(value: Any) -> Any:

@@ -7,18 +7,18 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import tomli_w
 from warm import REPOSITORY, Warm
 
-from dtrain.config import TrainConfig, settings_fields
 from dtrain.errors import UsageError
 from dtrain.plugins import listed, read_recipe, recipes
-from dtrain.ranges import Every, parse_every, parse_seconds
+from dtrain.settings import PANELS, SETTINGS, TrainConfig, identity
+from dtrain.settings.augmentation import Augmentation
+from dtrain.settings.values import Every, Setting, Span, Unfit
 
 SMALL = {"arch": "resnet18", "recipe": "none"}
 
@@ -43,26 +43,27 @@ def test_defaults_give_way_to_the_recipe_to_the_file_to_the_flags(tmp_path: Path
         "arch_opt": ({"norm": "batch", "dropout": "false"}, "flag"),
         "recipe": ("allcnn_c-digits", "architecture and data set"),
     }
-    assert {name: (getattr(config, name), config.origin(name)) for name in expected} == expected
+    assert {name: (config.value(name), config.origin(name)) for name in expected} == expected
 
 
 def test_the_recipe_is_chosen_by_architecture_and_data_set_unless_named() -> None:
     def of(dataset: str, **more: Any) -> str | None:
-        return TrainConfig.of(arch="allcnn_c", dataset=dataset, **more).recipe
+        return TrainConfig.of(arch="allcnn_c", dataset=dataset, **more).run.recipe
 
     assert of("digits") == "allcnn_c-digits"
     assert of("some/where/digits.tar.gz") == "allcnn_c-digits"
     assert of("pictures") == "allcnn_c"
     assert of("digits", recipe="allcnn_c") == "allcnn_c"
-    assert TrainConfig.of(arch="allcnn_c", dataset="digits", recipe="none").epochs == 10
+    assert TrainConfig.of(arch="allcnn_c", dataset="digits", recipe="none").optimization.epochs == 10
 
 
 def test_what_belongs_to_another_choice_is_left_behind(tmp_path: Path) -> None:
     recipe = write(tmp_path / "a.toml", 'opt = "muon"\nmomentum = 0.5\nsteps = 7\n[opt_opt]\naux_lr = 0.1\n')
     same = TrainConfig.of(recipe, **SMALL, opt="muon", opt_opt=["ns_steps=3"])
-    assert (same.momentum, same.opt_opt, same.steps) == (0.5, {"aux_lr": "0.1", "ns_steps": "3"}, 7)
+    names = ("momentum", "opt_opt", "steps")
+    assert [same.value(name) for name in names] == [0.5, {"aux_lr": "0.1", "ns_steps": "3"}, 7]
     other = TrainConfig.of(recipe, **SMALL, opt="adam", epochs=2)
-    assert (other.momentum, other.opt_opt, other.steps, other.epochs) == (None, {}, None, 2.0)
+    assert [other.value(name) for name in (*names, "epochs")] == [None, {}, None, 2.0]
     assert other.origin("momentum") == "default"
 
 
@@ -72,26 +73,28 @@ def test_values_of_the_command_line_of_toml_and_of_python_are_one(tmp_path: Path
     )
     file = 'epochs = 3\nmean = [0.5, 0.25, 0.125]\nflip = true\noutput = "~/x"\n[opt_opt]\nbetas = [0.9, 0.99]\n'
     toml = TrainConfig.of(write(tmp_path / "a.toml", file), **SMALL)
-    python = TrainConfig(
+    python = TrainConfig.of(
         **SMALL, epochs=3, mean=(0.5, 0.25, 0.125), flip=True, output=Path("~/x"), opt_opt={"betas": "0.9,0.99"}
     )
     assert text == toml == python
-    assert text.digest() == toml.digest() == python.digest()
-    assert text.output == Path.home() / "x"
-    assert type(python.epochs) is float
+    assert identity.digest(text) == identity.digest(toml) == identity.digest(python)
+    assert text.run.output == Path.home() / "x"
+    assert type(python.optimization.epochs) is float
 
 
 def test_settings_never_change() -> None:
-    config = TrainConfig(arch="resnet18")
+    config = TrainConfig.of(arch="resnet18")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.lr = 1.0  # type: ignore[misc]  # the claim
+        config.optimization.lr = 1.0  # type: ignore[misc]  # the claim
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optimization = config.optimization  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
 def test_the_zoos_recipes_are_whole_and_found_by_their_names(recipe: Any) -> None:
     settings = read_recipe(recipe)
     config = TrainConfig.of(arch=settings["arch"], dataset=settings.get("dataset", "pictures"))
-    assert config.recipe == recipe.name
+    assert config.run.recipe == recipe.name
     assert settings["arch"] in {plugin.name for plugin in listed("architecture")}
 
 
@@ -101,13 +104,15 @@ def test_the_zoos_recipes_are_whole_and_found_by_their_names(recipe: Any) -> Non
 def test_a_runs_config_toml_runs_again_as_is(tmp_path: Path) -> None:
     built = [
         TrainConfig.of(arch="allcnn_c", dataset="digits", opt="adam", steps=4, mean="0.1,0.2,0.3", output="some/where"),
-        TrainConfig(arch="allcnn_c", dataset="digits"),  # without the recipe of that name, and so again
+        TrainConfig.of(
+            arch="allcnn_c", dataset="digits", recipe="none"
+        ),  # without the recipe of that name, and so again
     ]
     for config in built:
         file = write(tmp_path / "config.toml", tomli_w.dumps(config.settings()))
         again = TrainConfig.of(file)
-        assert dataclasses.replace(again, recipe=config.recipe) == config
-        assert again.digest() == config.digest()
+        assert again.settings() == config.settings()
+        assert identity.digest(again) == identity.digest(config)
         assert TrainConfig.stored(tomllib.loads(file.read_text())) == again
 
 
@@ -118,11 +123,11 @@ def test_resume_of_a_path_takes_the_runs_own_settings(tmp_path: Path, inside: st
     config = TrainConfig.of(arch="allcnn_c", dataset="digits", lr=0.25)
     (run / "config.toml").write_text(tomli_w.dumps(config.settings()))
     again = TrainConfig.of(resume=run / inside, threads=2)
-    assert again.results() == config.results()
+    assert identity.results(again) == identity.results(config)
     assert (again.origin("lr"), again.origin("threads")) == (str(run / "config.toml"), "flag")
-    assert again.resume == str(run / inside)
+    assert again.run.resume == str(run / inside)
     # an architecture or a file given by hand is what is meant
-    assert TrainConfig.of(resume=run, arch="resnet18").lr != 0.25
+    assert TrainConfig.of(resume=run, arch="resnet18").optimization.lr != 0.25
     with pytest.raises(UsageError, match="--resume .*nowhere: no run is there; give a run directory, auto or none"):
         TrainConfig.of(resume=tmp_path / "nowhere")
 
@@ -149,7 +154,6 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({}, "--arch is missing; `dtrain archs` lists what there is"),
         ({"arch": "resnet18", "learning_rate": 1}, "learning_rate is not a setting"),
         ({"arch": "resnet18", "batchsize": 1}, "batchsize is not a setting; did you mean 'batch_size'?"),
-        ({**SMALL, "schedule": "cosin"}, "--schedule cosin: not a choice; did you mean 'cosine'?"),
         ({**SMALL, "loader": "ffvc"}, "--loader ffvc: not a choice; did you mean 'ffcv'?"),
         ({**SMALL, "lr": "fast"}, "--lr fast: give a number"),
         ({**SMALL, "lr": "nan"}, "--lr nan: give a finite number"),
@@ -166,7 +170,7 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({**SMALL, "flip": "perhaps"}, "--flip perhaps: give true or false"),
         ({**SMALL, "arch_opt": ["width"]}, "--arch-opt ['width']: give key=value"),
         ({**SMALL, "mean": "0.5,a"}, "--mean 0.5,a: give a number"),
-        ({**SMALL, "mean": "0.5,0.5"}, "give one number in 0..1 a channel"),
+        ({**SMALL, "mean": "0.5,0.5"}, "give one number in 0..1 for each channel"),
         ({**SMALL, "std": "0"}, "give numbers greater than 0"),
         ({**SMALL, "resize": "fit"}, "--resize fit: not a choice; choose from: crop, squash"),
         ({**SMALL, "bad_images": "ignore"}, "--bad-images ignore: not a choice; choose from: skip, stop"),
@@ -224,10 +228,11 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, text: str, told: str) 
 # -- what two runs share -----------------------------------------------------------------------------------------------
 
 
-OTHERS: dict[str, Any] = {  # another allowed value for fields whose type does not give one away
+OTHERS: dict[str, Any] = {  # another allowed value for settings whose type does not give one away
     "arch": "allcnn_c",
     "recipe": "allcnn_c",
     "opt": "adam",
+    "schedule": "cosine",
     "dataset": "digits",
     "image_size": 48,
     "store_size": 64,
@@ -241,111 +246,114 @@ OTHERS: dict[str, Any] = {  # another allowed value for fields whose type does n
     "max_time": "1h",
     "track": ("csv",),
     "resume": "none",
-    "output": Path("x"),
-    "cache_dir": Path("x"),
+    "output": "x",
+    "cache_dir": "x",
+    "data_dir": "x",
     "name": "x",
-    "weight_decay": 0.5,
-    "clip_grad": 0.5,
+    "weight_decay": 0.25,
+    "clip_grad": 0.25,
     "steps": 3,
     "nesterov": True,
 }
 
 
-def another(field: dataclasses.Field[Any]) -> Any:
-    value = getattr(TrainConfig(arch="resnet18"), field.name)
-    if field.name in OTHERS:
-        return OTHERS[field.name]
-    if field.metadata["choices"]:
-        return next(choice for choice in field.metadata["choices"] if choice != value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, dict):
+def another(known: Setting) -> Any:
+    if known.name in OTHERS:
+        return OTHERS[known.name]
+    if get_origin(known.kind) is Literal:
+        return next(choice for choice in get_args(known.kind) if choice != known.default)
+    if known.kind is bool:
+        return not known.default
+    if get_origin(known.kind) is dict:
         return {"a": "b"}
-    if isinstance(value, int):
-        return value + 1
-    if isinstance(value, Path):
-        return value / "x"
-    return 0.5
+    return known.default + 1 if known.kind is int else 0.25
 
 
-@pytest.mark.parametrize("field", settings_fields(), ids=lambda field: field.name)
-def test_the_digest_changes_with_what_shapes_the_numbers_and_with_nothing_else(field: Any) -> None:
-    base = TrainConfig(arch="resnet18", image_size=32)
-    changed = dataclasses.replace(base, **{field.name: another(field)})
-    assert changed != base
-    assert field.metadata["mark"] in ("result", "place")
-    assert (changed.digest() != base.digest()) == (field.metadata["mark"] == "result")
+@pytest.mark.parametrize("known", [s for s in SETTINGS.values() if s.name != "recipe"], ids=lambda known: known.name)
+def test_the_digest_changes_with_what_shapes_the_numbers_and_with_nothing_else(known: Setting) -> None:
+    given = {"arch": "resnet18", "recipe": "none", "image_size": 32}
+    base, changed = TrainConfig.of(**given), TrainConfig.of(**{**given, known.name: another(known)})
+    assert changed.value(known.name) != base.value(known.name)
+    assert (identity.digest(changed) != identity.digest(base)) == (not known.place)
+    assert identity.differing(base, changed) == ([] if known.place else [known.name])
 
 
 def test_what_is_a_place_is_written_down_by_hand() -> None:
-    # everything else shapes the numbers: a new field is one or the other on purpose
-    places = {
+    # everything else shapes the numbers: a new setting is one or the other on purpose
+    places = (
         "recipe data_dir cache_dir loader device backend threads dist_timeout output name resume checkpoint_every keep "
         "log_interval track max_time"
-    }
-    assert {f.name for f in settings_fields() if f.metadata["mark"] == "place"} == set(*(p.split() for p in places))
+    )
+    assert {name for name, known in SETTINGS.items() if known.place} == set(places.split())
+
+
+def test_a_setting_with_its_default_is_no_part_of_what_a_run_is() -> None:
+    bare = TrainConfig.of(arch="resnet18", recipe="none")
+    assert identity.results(bare) == {"arch": "resnet18"}
+    assert identity.results(TrainConfig.of(arch="resnet18", recipe="none", batch_size=128)) == {"arch": "resnet18"}
+
+
+def test_a_short_form_and_its_whole_are_one_run() -> None:
+    def digest(**settings: Any) -> str:
+        return identity.digest(TrainConfig.of(**SMALL, **settings))
+
+    assert digest(jitter="0.3") == digest(jitter=(0.3, 0.3, 0.3))
+    assert digest(scale="0.35") == digest(scale="0.35,1")
+    assert digest(affine="15") == digest(affine="15,0,0,0")
+    assert digest(eval_every="1epoch") == digest(eval_every="1.0epochs") == digest()
 
 
 def test_a_run_is_named_after_what_it_is() -> None:
-    assert re.fullmatch(r"resnet18-digits-[0-9a-f]{8}", TrainConfig(arch="resnet18", dataset="digits").run_name())
-    local = TrainConfig(arch="./some/nets.py:wide", dataset="data/birds.tar.gz").run_name()
-    assert re.fullmatch(r"nets-wide-birds-[0-9a-f]{8}", local)
-    assert TrainConfig(arch="resnet18", name="trial").run_name() == "trial"
+    def name(**settings: Any) -> str:
+        return identity.run_name(TrainConfig.of(recipe="none", **settings))
+
+    assert re.fullmatch(r"resnet18-digits-[0-9a-f]{8}", name(arch="resnet18", dataset="digits"))
+    assert re.fullmatch(r"nets-wide-birds-[0-9a-f]{8}", name(arch="./some/nets.py:wide", dataset="data/birds.tar.gz"))
+    assert name(arch="resnet18", name="trial") == "trial"
 
 
-# -- every field is used -----------------------------------------------------------------------------------------------
+# -- every setting stands in one place, and is used --------------------------------------------------------------------
 
 
-def fields_read(tree: ast.AST, own: bool = False) -> Iterator[str]:
-    """Names of settings that a module reads: config.x, and getattr(config, name) for name in a tuple of strings.
-
-    own: the module is config.py, where a config is also `self`, or a table of what was asked.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in ("check", "_check_ranges", "_check_lists"):
-            node.body = []  # to check the range of a value is not to use it
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
-            if owner == "config" or (own and owner == "self"):
-                yield node.attr
-        if own and isinstance(node, ast.Call) and ast.unparse(node.func) in ("asked.get", "given.get"):
-            yield ast.literal_eval(node.args[0])
-        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple) and "getattr(config, " in ast.unparse(node):
-            yield from ast.literal_eval(node.iter)
+def test_panels_can_be_made_alone_and_check_themselves() -> None:
+    assert Augmentation(jitter=(0.2,)).jitter == (0.2, 0.2, 0.2)
+    with pytest.raises(UsageError, match="--cutmix 101"):
+        Augmentation(cutmix=101)
 
 
-def test_the_rule_itself_sees_what_is_read_and_what_is_only_checked_or_set() -> None:
-    read = "def f(self): return self.config.lr + config.ema\nfor n in ('opt', 'arch'): getattr(config, n)"
-    assert set(fields_read(ast.parse(read))) == {"lr", "ema", "opt", "arch"}
-    unread = "def check(config): config.lr\nconfig.ema = 1\nself.opt\nasked.get('arch')"
-    assert set(fields_read(ast.parse(unread))) == set()
+def attributes_read(tree: ast.AST) -> set[str]:
+    """The names of all attributes that a module reads."""
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
 
 
-def test_every_setting_is_read_somewhere() -> None:
+def test_every_setting_is_read_outside_of_the_settings() -> None:
     read: set[str] = set()
     for path in sorted((REPOSITORY / "dtrain").rglob("*.py")):
-        read.update(fields_read(ast.parse(path.read_text(encoding="utf-8")), own=path.name == "config.py"))
-    assert [f.name for f in settings_fields() if f.name not in read] == []
+        if path.parent.name != "settings" or path.name in ("data.py", "augmentation.py", "layers.py", "identity.py"):
+            read |= attributes_read(ast.parse(path.read_text(encoding="utf-8")))
+    assert [name for name in SETTINGS if name not in read | {"recipe"}] == []  # layers.py looks it up by name
+
+
+def test_no_two_panels_have_a_setting_of_one_name() -> None:
+    assert sum(len(dataclasses.fields(panel)) for panel in PANELS) == len(SETTINGS)
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 
 def test_intervals_and_spans_have_units() -> None:
-    def every(text: str) -> Every:
-        return parse_every(text, "--x", clock=True)
-
-    assert every("500steps") == every("500 step") == Every(steps=500)
-    assert every("1epoch") == every("1.0epochs") == Every(epochs=1.0)
-    assert every("0.5epochs") == Every(epochs=0.5)
-    assert every("10min") == Every(seconds=600.0)
-    assert every("90s") == Every(seconds=90.0)
-    assert every("end") == Every()
-    assert [parse_seconds(text, "--x") for text in ("90s", "1.5min", "2h")] == [90.0, 90.0, 7200.0]
+    assert Every.parse("500steps") == Every.parse("500 step") == Every(steps=500)
+    assert Every.parse("1epoch") == Every.parse("1.0epochs") == Every(epochs=1.0)
+    assert Every.parse("0.5epochs") == Every(epochs=0.5)
+    assert Every.parse("10min") == Every(seconds=600.0)
+    assert Every.parse("90s") == Every(seconds=90.0)
+    assert Every.parse("end") == Every()
+    assert [Span.parse(text).seconds for text in ("90s", "1.5min", "2h")] == [90.0, 90.0, 7200.0]
+    for text in ("500steps", "1epoch", "0.5epoch", "90s", "end"):
+        assert str(Every.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", ["500", "0steps", "1.5steps", "-1epoch", "steps", "10 minutes", "never"])
 def test_what_is_no_interval_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="not an interval"):
-        parse_every(text, "--x", clock=True)
+    with pytest.raises(Unfit, match="not an interval"):
+        Every.parse(text)

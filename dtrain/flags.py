@@ -1,0 +1,74 @@
+"""Flags of the command line, made from the settings: one option for each, under its panel's heading."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from dtrain.settings import SETTINGS, flag_of
+from dtrain.settings.values import Setting
+
+METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH", tuple[str, ...]: "NAME,NAME", dict[str, str]: "K=V"}
+
+
+def with_flags(function: Callable[..., None], names: Sequence[str] = tuple(SETTINGS)) -> Callable[..., None]:
+    """`function(settings, **own)` as a command with a flag for each setting of `names`, beside its own parameters.
+
+    settings: what was given, by name, as text; the settings convert and check it, whatever layer it comes from.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "settings"
+    ]
+
+    def command(**given: Any) -> None:
+        extra = {p.name: given.pop(p.name) for p in own}
+        function({name: value for name, value in given.items() if value not in (None, [])}, **extra)
+
+    parameters = [*(_parameter(SETTINGS[name]) for name in names), *own]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def own_flag(flag: str, panel: str, text: str, metavar: str = " ", **more: Any) -> Any:
+    """A flag of a command that is no setting, drawn like the others."""
+    return typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
+
+
+def _parameter(known: Setting) -> inspect.Parameter:
+    flags = list(known.flags) or [flag_of(known.name)]
+    annotation: Any = list[str] | None if get_origin(known.kind) is dict else str | None
+    if known.kind is bool:
+        flags, annotation = [f"{flags[0]}/--no-{flags[0][2:]}"], bool | None
+    text = known.help
+    if get_origin(known.kind) is Literal:
+        text += f"; one of {', '.join(map(str, get_args(known.kind)))}"
+    if (shown := _default(known)) is not None:
+        text += f" [default: {shown}]"
+    option = typer.Option(
+        *flags,
+        help=text.replace("[", "\\["),  # which rich would take for its markup
+        rich_help_panel=known.panel.title,
+        metavar=METAVARS.get(known.kind, "X,X,X" if get_origin(known.kind) is tuple else "TEXT"),
+        show_default=False,
+    )
+    return inspect.Parameter(
+        known.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+def _default(known: Setting) -> str | None:
+    if known.optional or known.default in ("", (), {}):
+        return None
+    if known.kind is bool:
+        return "yes" if known.default else "no"
+    return f"{known.default:g}" if known.kind is float else str(known.default)

@@ -1,0 +1,24 @@
+"""When and how a run is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dtrain.settings.values import Every, Panel, above, setting, within, without_clock
+
+
+@dataclass(frozen=True)
+class Evaluation(Panel):
+    """Evaluations during a run."""
+
+    title: ClassVar[str] = "Evaluation"
+    attribute: ClassVar[str] = "evaluation"
+
+    eval_batch_size: int = setting(
+        500, "images in one chunk of an evaluation; the chunks are the same for any number of processes", above(0)
+    )
+    eval_every: Every = setting(Every(epochs=1), "how often to evaluate: 500steps, 1epoch, or end", without_clock)
+    stop_at_accuracy: float | None = setting(
+        None, "end the run as soon as an evaluation reaches this top-1 accuracy, as a fraction", within("(0, 1]")
+    )
