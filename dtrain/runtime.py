@@ -9,17 +9,19 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
+from dtrain.settings.machine import Machine
 
 if TYPE_CHECKING:
     import torch
 
+# what torch, CUDA, cuDNN and cuBLAS say when memory is refused, in lower case
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "status_alloc_failed", "not enough memory")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
@@ -47,6 +49,9 @@ class Runtime:
     backend: str  # "gloo" or "nccl"
     threads: int  # compute threads of this process
     amp_dtype: str  # "float32", "bfloat16" or "float16"
+    deterministic: bool  # deterministic kernels only
+    tf32: bool  # whether float32 products on CUDA may be computed in TensorFloat-32
+    autotune: bool  # whether cuDNN times its kernels and takes the fastest
     why: tuple[str, ...]  # one reason for each decision, for people
 
     def torch_device(self) -> torch.device:
@@ -63,37 +68,45 @@ class Runtime:
         return dtype
 
 
-def decide(config: TrainConfig, *, local_rank: int, local_world: int, kept: dict[str, object] | None = None) -> Runtime:
+def decide(
+    settings: Machine, *, local_rank: int, local_world: int, kept: Mapping[str, object] | None = None
+) -> Runtime:
     """Resolve every `auto` for this process; imports torch, changes nothing.
 
-    kept: what a resumed run resolved (`threads`, `amp_dtype`); used instead of `auto` where this machine can, so that
-    a resume has the same bits. Raises UsageError for a device or precision that is not here.
+    local_rank, local_world: this process among those of its host. kept: what a resumed run resolved (`threads`,
+    `amp_dtype`), used instead of `auto` where this machine can, so that a resume has the same bits. Raises UsageError
+    for a device or precision that is not here.
     """
     import torch
 
+    kept = kept or {}
     cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
+    if settings.device == "cuda" and not cuda:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    on_cuda = config.device == "cuda" or (config.device == "auto" and cuda)
+    on_cuda = settings.device == "cuda" or (settings.device == "auto" and cuda)
     if on_cuda and local_world > torch.cuda.device_count():  # on every rank, so that all end with one error
         raise UsageError(
             f"{local_world} processes on this host but {torch.cuda.device_count()} CUDA devices; "
             f"start {torch.cuda.device_count()}, or --device cpu"
         )
     device = f"cuda:{local_rank}" if on_cuda else "cpu"
-    backend = ("nccl" if on_cuda else "gloo") if config.backend == "auto" else config.backend
+    backend = ("nccl" if on_cuda else "gloo") if settings.backend == "auto" else settings.backend
     if backend == "nccl" and not on_cuda:
         raise UsageError("--backend nccl needs --device cuda; use --backend gloo")
-    amp, amp_why = _precision(config, on_cuda, (kept or {}).get("amp_dtype"))
-    threads, threads_why = _threads(config, local_world, (kept or {}).get("threads"))
-    why = (f"device {device}", f"{amp_why}", f"{threads_why}")
-    return Runtime(device=device, backend=backend, threads=threads, amp_dtype=amp, why=why)
+    amp, amp_why = _precision(settings, on_cuda, kept.get("amp_dtype"))
+    threads, threads_why = _threads(settings, local_world, kept.get("threads"))
+    deterministic = settings.deterministic
+    tf32, autotune = on_cuda and amp != "float32" and not deterministic, on_cuda and not deterministic
+    why = [f"device {device}", amp_why, threads_why]
+    if on_cuda:
+        why.append(_kernels(tf32, autotune))
+    return Runtime(device, backend, threads, amp, deterministic, tf32, autotune, tuple(why))
 
 
-def _precision(config: TrainConfig, on_cuda: bool, kept: object) -> tuple[str, str]:
+def _precision(settings: Machine, on_cuda: bool, kept: object) -> tuple[str, str]:
     import torch
 
-    chosen, why = (config.amp_dtype, "as asked") if config.amp_dtype != "auto" else (kept, "as this run began")
+    chosen, why = (settings.amp_dtype, "as asked") if settings.amp_dtype != "auto" else (kept, "as this run began")
     if chosen == "float16" and not on_cuda:  # torch has no fast float16 convolutions for most processors
         return "float16", f"float16 {why}; on a CPU it can be a thousand times slower than bfloat16 or float32"
     if isinstance(chosen, str):
@@ -109,23 +122,31 @@ def _precision(config: TrainConfig, on_cuda: bool, kept: object) -> tuple[str, s
     return "float32", "float32: this processor has no bfloat16"
 
 
-def _threads(config: TrainConfig, local_world: int, kept: object) -> tuple[int, str]:
+def _threads(settings: Machine, local_world: int, kept: object) -> tuple[int, str]:
     usable = len(os.sched_getaffinity(0))
-    if config.threads:
-        return config.threads, f"{config.threads} threads as asked"
+    if settings.threads:
+        return settings.threads, f"{settings.threads} threads as asked"
     if isinstance(kept, int) and kept <= usable:
         return kept, f"{kept} threads as this run began"
     # not OMP_NUM_THREADS: torchrun sets it to 1 for every worker, however many cores there are
     share = max(1, usable // local_world)
-    more = f"; not the {kept} with which this run began, so that it rounds otherwise" if kept else ""
+    more = f"; the run began with {kept}, so rounding will differ" if kept else ""
     return share, f"{share} threads = {usable} cores / {local_world} processes{more}"
+
+
+def _kernels(tf32: bool, autotune: bool) -> str:
+    """What is said of CUDA's kernels: how float32 products are computed, and whether a resume has the same bits."""
+    products = "float32 products may use TF32" if tf32 else "float32 products without TF32"
+    if autotune:
+        return f"{products}; cuDNN chooses its kernels by timing them, so that only --deterministic resumes bit for bit"
+    return f"{products}; deterministic kernels"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is a refusal of memory: Python's, torch's on a CPU, or CUDA's."""
     while error is not None:
         text = str(error).lower()
-        refused = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+        refused = isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
         if refused or isinstance(error, MemoryError):
             return True
         error = error.__cause__
@@ -145,7 +166,7 @@ def memory_told(what: str) -> Iterator[None]:
         raise UsageError(f"out of memory {what} ({type(error).__name__}: {line})") from None
 
 
-def apply(runtime: Runtime, *, deterministic: bool) -> None:
+def apply(runtime: Runtime) -> None:
     """Set threads, denormals and deterministic kernels of this process, and its CUDA device."""
     import torch
 
@@ -154,10 +175,12 @@ def apply(runtime: Runtime, *, deterministic: bool) -> None:
     torch.set_flush_denormal(True)
     if runtime.device.startswith("cuda"):
         torch.cuda.set_device(runtime.device)
-        torch.backends.cudnn.benchmark = not deterministic
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if deterministic:
+        torch.backends.cudnn.benchmark = runtime.autotune
+        torch.backends.cudnn.allow_tf32 = runtime.tf32
+        torch.backends.cuda.matmul.allow_tf32 = runtime.tf32
+    if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS to be deterministic
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # also off: a notebook may train twice
-        torch.use_deterministic_algorithms(deterministic)
+        # else deterministic mode would also fill every tensor that is made to be overwritten, such as pinned batches
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by its module
+    if runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # also off: a notebook may train twice
+        torch.use_deterministic_algorithms(runtime.deterministic)

@@ -106,12 +106,12 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     chosen_architecture(config)
     chosen_optimizer(config)
     trackers.find(config.track)
-    asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
+    asked = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
     kept = world.from_main(lambda: resolved_before(config, at.size))
-    machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
+    machine = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
-    runtime.apply(machine, deterministic=config.deterministic)
+    runtime.apply(machine)
     return machine
 
 

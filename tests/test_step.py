@@ -279,7 +279,7 @@ def shares() -> dict[str, Any]:
         world.meet()
         world.join("gloo")
     config = TrainConfig(arch="x", amp_dtype="float32")
-    machine = runtime.decide(config, local_rank=0, local_world=1)
+    machine = runtime.decide(config.machine, local_rank=0, local_world=1)
     network = wrap(plain(), config, machine, world, moving_buffers=False)
     reduces = 0
     if at.size > 1:

@@ -19,12 +19,12 @@ def main(batch_size: int, steps: int, warmup: int, threads: int) -> None:
     from dtrain_zoo.allcnn import allcnn_c
     from torch.nn import functional as F
 
-    from dtrain.config import TrainConfig
     from dtrain.runtime import decide
+    from dtrain.settings.machine import Machine
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    dtype = decide(TrainConfig(arch="allcnn_c", device="cpu"), local_rank=0, local_world=1).dtype()
+    dtype = decide(Machine(device="cpu"), local_rank=0, local_world=1).dtype()
     module = allcnn_c(10, norm="batch").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
     images = torch.randn(batch_size, 3, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from dtrain.data.beton import Beton
 from dtrain.data.loader import Request, open_loader
 from dtrain.data.pixels import lookup_table, write_images
 from dtrain.run.console import Console
+from dtrain.settings.data import Data
 from dtrain_bench.ratios import ratios, show
 
 BATCH = 500
@@ -62,7 +62,7 @@ def reader_rate(beton: Beton, kind: str, batches: int) -> float:
 def main(*, quick: bool, as_json: bool) -> None:
     """Measure and print. quick: three short turns, to see that it runs."""
     turns, batches = (3, 20) if quick else (9, 200)
-    beton = Console(False).converting(convert("synthetic", Path("data"), None))["train"]
+    beton = Console(False).converting(convert(Data(dataset="synthetic")))["train"]
     kinds = ["memory"] + (["ffcv"] if find_spec("ffcv") else [])
     resident_rate(beton, 2)  # compiles
     results = {

@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from dtrain.commands.data import convert
-from dtrain.config import TrainConfig
 from dtrain.data.beton import Beton
 from dtrain.data.sources import locate
 from dtrain.errors import DataError, UsageError, nearest
 from dtrain.run.console import Console
 from dtrain.run.rundir import read_rows
 from dtrain.runtime import decide
+from dtrain.settings.data import Data
+from dtrain.settings.machine import Machine
 from dtrain_bench.processes import output_of
 from dtrain_bench.ratios import compared, machine
 
@@ -93,7 +94,7 @@ def prepare_data(data_dir: Path, folder: Path) -> Data:
         locate(name, data_dir, download=False)
     except DataError:
         name = "synthetic"
-    beton = Console(False).converting(convert(name, data_dir, None))["train"]
+    beton = Console(False).converting(convert(Data(dataset=name, data_dir=data_dir)))["train"]
     write_images(beton, folder / "images.npz")
     return Data(name, data_dir, folder / "images.npz", len(beton.labels))
 
@@ -210,7 +211,7 @@ def main(*, networks: Sequence[str], turns: int, data_dir: Path, quick: bool, as
             raise UsageError(f"--network {network}: not a choice; {nearest(network, list(NETWORKS))}")
     here = machine()
     versions = {name: metadata.version(name) for name in DISTRIBUTIONS if find_spec(name.replace("pillow", "PIL"))}
-    config = TrainConfig(arch="allcnn_c", device="cpu")
+    config = Machine(device="cpu")
     bf16 = decide(config, local_rank=0, local_world=1).amp_dtype == "bfloat16"
     contenders, turns = _contenders(), 1 if quick else turns
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:

@@ -20,7 +20,7 @@ FIRST_STEPS = 5
 def dry_run(config: TrainConfig) -> None:
     """Print plan, shapes, parameters, memory and first rates. Converts the data set if it must; trains nothing."""
     at, console = place(), Console(place().is_main)
-    machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
+    machine = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size)
     dataset = console.converting(load_dataset(config))
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=at.size)
     size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)

@@ -53,8 +53,8 @@ def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, An
     config = TrainConfig.elsewhere(saved.about["config"], here)
     record = read_record(run)
     kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else None
-    machine = runtime.decide(config, local_rank=0, local_world=1, kept=kept)
-    runtime.apply(machine, deterministic=config.deterministic)
+    machine = runtime.decide(config.machine, local_rank=0, local_world=1, kept=kept)
+    runtime.apply(machine)
     dataset = Console(False).converting(load_dataset(config))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
     results: dict[str, Any] = {}

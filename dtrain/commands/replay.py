@@ -94,8 +94,8 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     record = read_record(run)
     resolved = dict(record.resolved) if record is not None else {}
     world_size = _processes_at(run, step) or int(resolved.get("world_size", 1))
-    machine = runtime.decide(config, local_rank=0, local_world=1, kept=resolved)
-    runtime.apply(machine, deterministic=config.deterministic)
+    machine = runtime.decide(config.machine, local_rank=0, local_world=1, kept=resolved)
+    runtime.apply(machine)
     dataset = Console(False).converting(load_dataset(config))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world_size)
