@@ -28,7 +28,7 @@ from dtrain.errors import DataError, UsageError, nearest
 from dtrain.run.console import Console
 from dtrain.run.rundir import read_rows
 from dtrain.runtime import decide
-from dtrain.settings.data import Data
+from dtrain.settings.data import Data as DataSettings
 from dtrain.settings.machine import Machine
 from dtrain_bench.processes import output_of
 from dtrain_bench.ratios import compared, machine
@@ -94,7 +94,7 @@ def prepare_data(data_dir: Path, folder: Path) -> Data:
         locate(name, data_dir, download=False)
     except DataError:
         name = "synthetic"
-    beton = Console(False).converting(convert(Data(dataset=name, data_dir=data_dir)))["train"]
+    beton = Console(False).converting(convert(DataSettings(dataset=name, data_dir=data_dir)))["train"]
     write_images(beton, folder / "images.npz")
     return Data(name, data_dir, folder / "images.npz", len(beton.labels))
 
