@@ -21,7 +21,7 @@ from dtrain import runtime
 from dtrain.config import TrainConfig
 from dtrain.data.cache import CONVERSION_SECONDS
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.errors import DivergedError, Stopped, StorageError
+from dtrain.errors import DivergedError, ExitCode, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
 from dtrain.model.learner import learner_of
@@ -87,8 +87,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                     raise
             world.leave()
             return summary
-        except Stopped as stopped:
-            setattr(stopped, "told_elsewhere", not world.is_main)  # noqa: B010 - read by __main__, which prints
+        except Stopped:
             raise
         except Exception as error:
             if world.size > 1:
@@ -96,7 +95,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             explained = world.explained(error)
             if recorder is not None:
                 recorder.failed(explained)
-            raise explained from (error if explained is not error else error.__cause__)
+            raise explained from explained.__cause__
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
@@ -195,12 +194,13 @@ class Training:
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
             try:
-                self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
+                self.recorder.update(status="stopped", step=state.step, exit_code=ExitCode.STOPPED, reason=reason)
             except StorageError as error:  # the checkpoint is there, and that is what counts
                 self.console.warn(f"saved, but: {error}")
             self.console.stop()
             self.console.table("stopped", [*self._seconds(), ("to go on", again)])
-            raise Stopped(f"stopped at step {state.step} by {reason}, saved; to go on: {again}")
+            line = f"stopped at step {state.step} by {reason}, saved; to go on: {again}"
+            raise Stopped(line, told_elsewhere=not self.world.is_main)
 
     def log(self) -> None:
         """Close the log interval: read the sums, write and show a row, begin the next. Collective, a host sync."""
@@ -354,7 +354,7 @@ class Training:
             lambda: ({row["weights"]: row for row in recorder.rows() if row["kind"] == "eval"}, recorder.path)
         )
         recorder.event("finish", state.step)
-        recorder.update(status="finished", step=state.step, exit_code=0, reason=None)
+        recorder.update(status="finished", step=state.step, exit_code=ExitCode.DONE, reason=None)
         self.console.stop()
         accuracies = [
             (f"{row['split']} accuracy, {weights} weights", f"{counted(row['hits'], row['images'])}")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import DtrainError, ProcessError
+from dtrain.errors import DtrainError, ExitCode, ProcessError, exit_code_of
 
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.005
@@ -81,8 +81,8 @@ class Witness:
         try:
             if int(self._store.add("told", 1)) != 1:
                 return False
-            code = error.exit_code if isinstance(error, DtrainError) else 1
-            self._store.set("error", f"{code} {type(error).__name__}: {error}")
+            line = str(error) if isinstance(error, DtrainError) else f"{type(error).__name__}: {error}"
+            self._store.set("error", f"{exit_code_of(error):d} {line}")
         except RuntimeError:  # the store is gone, with process 0
             return not isinstance(error, DtrainError)
         return True
@@ -101,9 +101,7 @@ class Witness:
             code, _, line = self._store.get("error").decode().partition(" ")
         except RuntimeError:
             return None
-        error = ProcessError(line)
-        setattr(error, "exit_code", int(code))  # noqa: B010 - of this instance: the other's own
-        return error
+        return ProcessError(line, ExitCode(int(code)))
 
     def _dead(self) -> Iterator[int]:
         """The processes of this host that are no more."""

@@ -21,7 +21,7 @@ def test_exit_codes_are_those_that_scripts_rely_on() -> None:
         "Stopped": 75,
     }
     assert {name: getattr(errors, name).exit_code for name in codes} == codes
-    assert errors.EXIT_STOPPED_UNSAVED == 130
+    assert (errors.ExitCode.DONE, errors.ExitCode.DEFECT, errors.ExitCode.STOPPED_UNSAVED) == (0, 1, 130)
 
 
 def test_every_error_is_a_dtrain_error_and_stands_in_the_drawing_with_its_code() -> None:
@@ -31,7 +31,7 @@ def test_every_error_is_a_dtrain_error_and_stands_in_the_drawing_with_its_code()
     }
     assert defined.keys() == drawn.keys() | {"DtrainError"}
     assert all(issubclass(kind, errors.DtrainError) for kind in defined.values())
-    assert {name: str(defined[name].exit_code) for name, code in drawn.items() if code} == {
+    assert {name: str(int(defined[name].exit_code)) for name, code in drawn.items() if code} == {
         name: code for name, code in drawn.items() if code
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.errors import ProcessError, UsageError
+from dtrain.errors import ExitCode, ProcessError, UsageError
 from dtrain.world import place
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
                 return int(file.read_text(encoding="ascii"))
             if isinstance(error, ChildFailedError):
                 raise ProcessError(_ended(error)) from None
-            return 130
+            return ExitCode.STOPPED_UNSAVED
         finally:
             del os.environ[CODE_FILE]
-    return 0
+    return ExitCode.DONE

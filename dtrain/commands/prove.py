@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import ProofError, Stopped, UsageError
+from dtrain.errors import ExitCode, ProofError, UsageError
 from dtrain.files import canonical_json
 from dtrain.run import checkpoint
 from dtrain.run.rundir import comparable, read_record, read_rows
@@ -108,7 +108,7 @@ def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
         for number, step in enumerate(steps):
             how = signal.SIGKILL if number % 2 else signal.SIGTERM
             code = _interrupt_at(flags, broken, step, how)
-            if code not in (0, Stopped.exit_code, -signal.SIGKILL):
+            if code not in (ExitCode.DONE, ExitCode.STOPPED, -signal.SIGKILL):
                 raise ProofError(f"asked to stop by {how.name} at step {step}, the run ended with {code}")
             if code:  # else it was at its end before the signal came
                 history.append({"asked_at_step": step, "by": how.name, "exit_code": code})

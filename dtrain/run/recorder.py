@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain import plugins
 from dtrain.config import TrainConfig, read_config
-from dtrain.errors import DataError, DtrainError, StorageError, UsageError
+from dtrain.errors import DataError, StorageError, UsageError, exit_code_of
 from dtrain.run.console import Console, three_ways
 from dtrain.run.rundir import (
     CONFIG,
@@ -83,9 +83,8 @@ class Recorder:
 
     def failed(self, error: Exception) -> None:
         """Say in run.json how the run ended. Never raises StorageError: the error itself matters more."""
-        code = error.exit_code if isinstance(error, DtrainError) else 1
         with contextlib.suppress(StorageError):
-            self.update(status="failed", exit_code=code, reason=f"{type(error).__name__}: {error}")
+            self.update(status="failed", exit_code=exit_code_of(error), reason=f"{type(error).__name__}: {error}")
 
     def close(self, console: Console) -> None:
         """Let others have the directory, when those who follow the run have had their few seconds."""
@@ -162,12 +161,11 @@ def _refuse_other_settings(path: Path, config: TrainConfig) -> None:
     if refused := [name for name in differing if name in results]:
         told = "; ".join(f"{name}: was {was.get(name)}, asked {asked.get(name)}" for name in refused[:3])
         told += f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-        error = UsageError(f"{path} holds a run with other settings ({told}); give another --output")
-        error.table = three_ways(
+        table = three_ways(
             (name, was.get(name), asked.get(name), "refused" if name in refused else asked.get(name))
             for name in differing
         )
-        raise error
+        raise UsageError(f"{path} holds a run with other settings ({told}); give another --output", table=table)
 
 
 def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -177,13 +175,12 @@ def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[st
     """
     if all(was.get(name) == value for name, value in asked.items()):
         return
-    error = DataError(
-        f"{dataset} is not the data set that this run began with: an image, a label or a class has changed; bring it "
-        "back, or train anew with another --output"
-    )
     names = [set(facts["class_names"]) for facts in (was, asked)]
     alone = [", ".join([str(len(some)), *sorted(some - other)]) for some, other in (names, names[::-1])]
     differing = [name for name in asked if name != "class_names" and was.get(name) != asked[name]]
     figures = [(name, was.get(name), asked[name], "refused") for name in differing]
-    error.table = three_ways([("classes", alone[0], alone[1], "refused"), *figures])
-    raise error
+    raise DataError(
+        f"{dataset} is not the data set that this run began with: an image, a label or a class has changed; bring it "
+        "back, or train anew with another --output",
+        table=three_ways([("classes", alone[0], alone[1], "refused"), *figures]),
+    )

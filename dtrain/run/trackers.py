@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
-from dtrain.errors import UsageError, nearest
+from dtrain.errors import ExitCode, UsageError, nearest
 from dtrain.files import write_json
 
 Row = Mapping[str, Any]
@@ -251,9 +251,9 @@ class Wandb:
             self._held = position(row)
 
     def close(self, exit_code: int | None) -> State:
-        if exit_code == 75:  # stopped, to go on: wandb's word for it
+        if exit_code == ExitCode.STOPPED:  # wandb's word for a run that is to go on
             self._run.mark_preempting()
-        self._run.finish(exit_code=1 if exit_code is None else exit_code)
+        self._run.finish(exit_code=ExitCode.DEFECT if exit_code is None else exit_code)
         return replace(self.state, held=self._held)
 
 
