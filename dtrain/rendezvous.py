@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import gc
 import itertools
 import os
 import queue
@@ -50,7 +51,7 @@ class Meeting:
         return dist.new_group(backend="gloo", timeout=timeout)
 
     def part(self) -> None:
-        """End the heartbeat and the groups. It waits for collectives that are under way, so agree on it before."""
+        """End the heartbeat and the groups, on which all have agreed unless the run has failed."""
         import torch.distributed as dist
 
         self.witness.beat.stop()
@@ -71,6 +72,8 @@ def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Mee
     if _last is not None:
         _last.part()
         _last = None
+        gc.collect()  # a failed run's DDP holds its groups open in a cycle, and a process that still waits in them
+
     if len(neighbours) < size:
         _choose_interface()
     timeout = timedelta(seconds=timeout_seconds)

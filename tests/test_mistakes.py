@@ -298,7 +298,7 @@ def test_a_port_in_use_is_named_and_nobody_waits_longer_than_the_limit(run: Run,
         "--master-port (or set another MASTER_PORT), or --standalone\n"
     )
     assert results[1].err == (
-        f"error: process 1 of 2 could not meet the others at 127.0.0.1:{port} within 1 s: who listens there does not "
+        f"error: process 1 of 2 could not meet the others at 127.0.0.1:{port} within 1 s: whatever listens there does not "
         "answer as torch's store does\n"
     )
 
