@@ -130,7 +130,8 @@ def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Pat
 
 @pytest.mark.dist
 def test_another_number_of_processes_goes_on_with_the_same_samples(ranks: Warm, tmp_path: Path, cache: Path) -> None:
-    from dtrain.run.rundir import comparable, read_rows
+    from dtrain.run.rows import comparable
+    from dtrain.run.rundir import read_rows
 
     some = Runs(ranks, tmp_path, cache, "sgd", False)
     some.go(2, [("straight", None), ("moved", 3)])

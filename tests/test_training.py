@@ -415,4 +415,4 @@ def by_api(output: Path, cache: Path) -> dict[str, Any]:
     with torch.no_grad():
         logits = network(torch.from_numpy(normal.astype(np.float32)).permute(0, 3, 1, 2))
     hits = int((logits.argmax(1).numpy() == data.evaluation.labels).sum())
-    return {"status": summary.status, "hits": summary.evaluations["raw"]["hits"], "hits_by_hand": hits}
+    return {"status": summary.status, "hits": summary.evaluations["raw"].hits, "hits_by_hand": hits}

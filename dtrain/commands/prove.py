@@ -24,7 +24,8 @@ from typing import Any
 from dtrain.errors import ExitCode, ProofError, UsageError
 from dtrain.files import canonical_json
 from dtrain.run import checkpoint
-from dtrain.run.rundir import comparable, read_record, read_rows
+from dtrain.run.rows import comparable
+from dtrain.run.rundir import read_record, read_rows
 
 POLL_SECONDS = 0.02
 PARTS = ("network", "optimizer", "ema")
@@ -207,7 +208,7 @@ def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -
         output / checkpoint.FOLDER,
         saved.step,
         saved.parts,
-        {**saved.state, "eval_due": True, "best": None},
+        {**saved.state, "run": {**saved.state["run"], "eval_due": True, "best": None}},
         saved.about,
     )
     _run([*flags, "--nproc", str(world)], output)

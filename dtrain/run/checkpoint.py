@@ -2,7 +2,7 @@
 
     checkpoints/step-00001200/
       network.safetensors, optimizer.safetensors, ...   one a part: {name: tensor}, contiguous
-      state.json                                        what the run counts
+      state.json                                        what the run and its learner count: {"run": ..., "learner": ...}
       manifest.json                                     size and SHA-256 of each file, and of itself without that line
 
 A checkpoint is sound if `load` accepts it, and there is no other test. The bytes that are hashed are the bytes that
@@ -33,7 +33,7 @@ from dtrain.files import JSON, PARTIAL, canonical_json, remove_partials, set_asi
 
 Tensors = Mapping[str, Tensor]
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"  # of a run directory
 NETWORK = "network"  # the one part whose values must be finite
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+from dtrain.run.rows import EvalRow, TrainRow
 
 T = TypeVar("T")
 CELL = 30  # characters of a table's cell: three of them and a name fit on a line
@@ -53,23 +55,23 @@ class Console:
             with suppress(OSError):
                 bar.stop()
 
-    def train(self, row: Mapping[str, Any], total_epochs: float, total_steps: int) -> None:
+    def train(self, row: TrainRow, total_epochs: float, total_steps: int) -> None:
         """A train row: progress, loss, accuracy, rate, speed, wait, time left."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"])
-        clock = row["clock"]
+            self._bar.update(self._task, completed=row.step)
+        clock = row.clock
         self.line(
-            f"epoch {row['epoch']:.2f}/{total_epochs:.4g}  step {row['step']}/{total_steps}  loss {row['loss']:.4f}  "
-            f"acc {100 * row['top1_fraction']:.2f} %  lr {row['lr']:.3g}  {clock['images_per_second']:.0f} images/s  "
-            f"wait {100 * clock['data_wait_fraction']:.1f} %  left {span(clock['left_seconds'])}"
+            f"epoch {row.epoch:.2f}/{total_epochs:.4g}  step {row.step}/{total_steps}  loss {row.loss:.4f}  "
+            f"acc {100 * row.top1_fraction:.2f} %  lr {row.lr:.3g}  {clock.images_per_second:.0f} images/s  "
+            f"wait {100 * clock.data_wait_fraction:.1f} %  left {span(clock.left_seconds)}"
         )
 
-    def evaluation(self, row: Mapping[str, Any]) -> None:
+    def evaluation(self, row: EvalRow) -> None:
         """An eval row: counts and percent."""
-        weights = "" if row["weights"] == "raw" else f" ({row['weights']} weights)"
+        weights = "" if row.weights == "raw" else f" ({row.weights} weights)"
         self.line(
-            f"{row['split']} at step {row['step']}{weights}: {counted(row['hits'], row['images'])}, "
-            f"top-5 {counted(row['hits5'], row['images'])}, loss {row['loss']:.4f}"
+            f"{row.split} at step {row.step}{weights}: {counted(row.hits, row.images)}, "
+            f"top-5 {counted(row.hits5, row.images)}, loss {row.loss:.4f}"
         )
 
     def converting(self, progress: Generator[Any, None, T]) -> T:
@@ -101,20 +103,22 @@ class Console:
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Two columns under a title."""
-        width = max((len(name) for name, _ in rows), default=0)
-        self.line(f"\n{title}")
-        for name, value in rows:
-            self.line(f"  {name:<{width}}  {value}")
+        for line in (f"\n{title}", *(f"  {line}" for line in aligned(rows))):
+            self.line(line)
+
+
+def aligned(rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Rows of equal length as lines with their cells in columns, two spaces apart."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
 def three_ways(rows: Iterable[tuple[str, Any, Any, Any]]) -> str:
     """What a resume would change, as a table: a name, what it was, what is asked, what is used. None is shown as -."""
-    texts = [[name, *("-" if v is None else str(v) for v in values)] for name, *values in rows]
-    cells = [["setting", "was", "asked", "used"], *texts]
-    cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cut)
-    return "\n".join(line.rstrip() for line in lines)
+    texts = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in texts]
+    return "\n".join(aligned([("setting", "was", "asked", "used"), *cut]))
 
 
 def counted(hits: int, images: int) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 from dtrain import plugins
 from dtrain.config import TrainConfig, read_config
 from dtrain.errors import DataError, StorageError, UsageError, exit_code_of
+from dtrain.run import checkpoint
 from dtrain.run.console import Console, three_ways
+from dtrain.run.rows import EventClock, EventRow, Row
 from dtrain.run.rundir import (
     CONFIG,
     Record,
-    Row,
     RunDir,
     check_writable,
     environment,
@@ -73,11 +74,11 @@ class Recorder:
             self._write_held()
             self.folder.sync()
 
-    def event(self, name: str, step: int, **facts: Any) -> None:
+    def event(self, name: str, step: int, *, processes: int | None = None, reason: str | None = None) -> None:
         """Add an event row: start, resume, save, stop, finish."""
-        self.row({"kind": "event", "event": name, "step": step, **facts, "clock": {"time": time.time()}})
+        self.row(EventRow(name, step, processes, reason, clock=EventClock(time.time())))
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """The rows so far."""
         return read_rows(self.path) if self.folder is not None else []
 
@@ -98,16 +99,36 @@ def path_of(config: TrainConfig) -> Path:
     """The run directory that `config` means, as far as settings decide; `--resume none` may take the next free one."""
     if config.resume not in ("auto", "none"):
         given = Path(config.resume)
-        return given.parent.parent if given.parent.name == "checkpoints" else given
+        return given.parent.parent if given.parent.name == checkpoint.FOLDER else given
     return config.output or Path("runs") / config.run_name()
+
+
+def _check_resume(config: TrainConfig) -> None:
+    """Raise UsageError where `--resume PATH` names another directory than `--output`, or a checkpoint set aside."""
+    if config.resume in ("auto", "none"):
+        return
+    path, asked = path_of(config), Path(config.resume)
+    own = Path(config.origin("output")).resolve() == (path / CONFIG).resolve()  # where the run stood when it began
+    if config.output is not None and not own and config.output.resolve() != path.resolve():
+        raise UsageError(
+            f"--resume {asked} --output {config.output}: a run goes on in its own directory; leave --output out, or "
+            "begin a new run there without --resume"
+        )
+    if asked.parent.name == checkpoint.FOLDER and (name := asked.name.partition(".")[0]) != asked.name:
+        taken = f"move {name} away and " if (asked.parent / name).exists() else ""
+        raise UsageError(
+            f"--resume {asked}: this checkpoint has been set aside; {taken}rename it to {name}, then resume from that"
+        )
 
 
 def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """What `auto` became when this run began, for a resume to keep; empty for a new run.
 
     Threads are kept for an equal number of processes only: another number divides the cores anew. Raises StorageError
-    if the directory could not be written, before any work is done for it.
+    if the directory could not be written, before any work is done for it, UsageError where `--resume PATH` cannot be
+    what it asks for.
     """
+    _check_resume(config)
     path, fresh = path_of(config), config.resume == "none"
     check_writable(path.parent if fresh and path.exists() else path)  # a taken one is left alone
     record = None if fresh else read_record(path)
@@ -130,7 +151,7 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
         return Recorder(path, None, Record("running"))
     if config.resume not in ("auto", "none") and read_record(path) is None:
         raise UsageError(f"--resume {config.resume}: no run is there; give a run directory, auto or none")
-    folder = open_run(path, path.parent, path.name, fresh=config.resume == "none")
+    folder = open_run(path, fresh=config.resume == "none")
     try:
         before = read_record(folder.path)
         if before is not None:
@@ -155,7 +176,10 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
 
 
 def _refuse_other_settings(path: Path, config: TrainConfig) -> None:
-    before = TrainConfig.stored(read_config(path / CONFIG))
+    try:
+        before = TrainConfig.stored(read_config(path / CONFIG))
+    except UsageError as error:
+        raise UsageError(f"{path / CONFIG}: {error}; use the version of dtrain that wrote it") from None
     was, asked, results = before.settings(), config.settings(), before.results().keys() | config.results().keys()
     differing = [name for name in {**was, **asked} if was.get(name) != asked.get(name) and name not in WHERE]
     if refused := [name for name in differing if name in results]:

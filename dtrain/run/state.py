@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dtrain.config import TrainConfig
+from dtrain.files import refuse_unknown_keys
 from dtrain.plan import Plan
 from dtrain.ranges import parse_seconds
+from dtrain.run.checkpoint import STATE
 from dtrain.world import Ask
 
 KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", for data, is a part of "train"
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: where it was made and what it counted."""
+
+    step: int
+    split: str
+    weights: str
+    hits: int
+    images: int
+
+
 @dataclass
 class TrainState:
-    """All that a run is beside its tensors: what a checkpoint's state.json holds."""
+    """All that a run is beside what learns: the part `run` of a checkpoint's state.json."""
 
     step: int = 0  # updates done
     samples: int = 0  # images seen by all processes together
     tally: list[int] | None = None  # sums of the open log interval over all processes; None: it has just begun
     streak: int = 0  # updates skipped in a row, up to the last (--on-nonfinite skip)
-    best: dict[str, Any] | None = None  # step, split, weights and counts of the best evaluation so far
+    best: Best | None = None
     eval_due: bool = False  # an evaluation was left for a stop; the resume does it first
     reached: bool = False  # --stop-at-accuracy was met
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
@@ -38,6 +51,20 @@ class TrainState:
         """Add to the open log interval; returns its sums so far."""
         self.tally = sums if self.tally is None else [a + b for a, b in zip(self.tally, sums, strict=True)]
         return self.tally
+
+
+def read_state(state: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
+    """The two parts of a checkpoint's state.json: where the run stood, and what the learner counts.
+
+    Raises StorageError for a key that this version of dtrain does not know.
+    """
+    refuse_unknown_keys(STATE, state, ("run", "learner"))
+    run = dict(state["run"])
+    refuse_unknown_keys(STATE, run, (f.name for f in fields(TrainState)))
+    if run["best"] is not None:
+        refuse_unknown_keys(STATE, run["best"], (f.name for f in fields(Best)))
+        run["best"] = Best(**run["best"])
+    return TrainState(**run), state["learner"]
 
 
 class Stopwatch:

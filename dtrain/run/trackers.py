@@ -15,12 +15,13 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO, TypeAlias
 
 from dtrain.errors import ExitCode, UsageError, nearest
 from dtrain.files import write_json
+from dtrain.run.rows import EvalRow, TrainRow
 
-Row = Mapping[str, Any]
+Row: TypeAlias = TrainRow | EvalRow  # what a tracker is given
 NOTHING = -1  # the position before every row
 INIT_SECONDS = 10.0  # that wandb waits for its server, once for the key and once for the run, before it works offline
 STATE = "state.json"
@@ -100,7 +101,7 @@ def find(names: Sequence[str]) -> list[Callable[..., Tracker]]:
 
 def position(row: Row) -> int:
     """Grows from row to row of a run, and is the same for a row computed again: three to a step, train, raw, EMA."""
-    return 3 * int(row["step"]) + (0 if row["kind"] == "train" else 1 if row["weights"] == "raw" else 2)
+    return 3 * row.step + (0 if isinstance(row, TrainRow) else 1 if row.weights == "raw" else 2)
 
 
 def figures(row: Row) -> dict[str, float]:
@@ -108,10 +109,10 @@ def figures(row: Row) -> dict[str, float]:
 
     An eval row's counts become fractions. What was not finite, and so is null in a row, is left out.
     """
-    group, flat = "train", {**row, **row.get("clock", {})}
-    if row["kind"] == "eval":
-        group = row["split"] if row["weights"] == "raw" else f"{row['split']}_{row['weights']}"
-        flat["top1_fraction"], flat["top5_fraction"] = (row[name] / row["images"] for name in ("hits", "hits5"))
+    group, flat = "train", _flat(row)
+    if isinstance(row, EvalRow):
+        group = row.split if row.weights == "raw" else f"{row.split}_{row.weights}"
+        flat |= {"top1_fraction": row.hits / row.images, "top5_fraction": row.hits5 / row.images}
     left_out = ("step", "checksum", "time", "hits", "hits5", "images")
     return {
         f"{group}/{name}": float(value)
@@ -120,8 +121,11 @@ def figures(row: Row) -> dict[str, float]:
     }
 
 
-def _time(row: Row) -> float:
-    return float(row["clock"]["time"])
+def _flat(row: Row) -> dict[str, Any]:
+    """A row's figures and those of its clock under one another; what was not finite is None."""
+    told = row.to_json()
+    clock = told.pop("clock")
+    return {name: value for name, value in {**told, **clock}.items() if name != "kind"}
 
 
 class Csv:
@@ -136,12 +140,12 @@ class Csv:
         self._files: dict[str, tuple[TextIO, csv.DictWriter[str]]] = {}
 
     def write(self, row: Row) -> None:
-        flat = {name: value for name, value in {**row, **row["clock"]}.items() if name not in ("kind", "clock")}
-        if row["kind"] not in self._files:
-            begun = (self._folder / f"{row['kind']}.csv").open("w", encoding="utf-8", newline="")
-            self._files[row["kind"]] = (begun, csv.DictWriter(begun, list(flat), extrasaction="ignore"))
-            self._files[row["kind"]][1].writeheader()
-        file, writer = self._files[row["kind"]]
+        flat = _flat(row)
+        if row.kind not in self._files:
+            begun = (self._folder / f"{row.kind}.csv").open("w", encoding="utf-8", newline="")
+            self._files[row.kind] = (begun, csv.DictWriter(begun, list(flat), extrasaction="ignore"))
+            self._files[row.kind][1].writeheader()
+        file, writer = self._files[row.kind]
         writer.writerow(flat)
         file.flush()
         self._held = position(row)
@@ -181,7 +185,7 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures(row).items()]
-        self._writer.add_event(Event(step=row["step"], wall_time=_time(row), summary=Summary(value=values)))
+        self._writer.add_event(Event(step=row.step, wall_time=row.clock.time, summary=Summary(value=values)))
         self._writer.flush()
         self._held = position(row)
 
@@ -245,7 +249,7 @@ class Wandb:
         self._run.config.update({**about.settings, "dtrain": dict(about.facts)}, allow_val_change=True)
 
     def write(self, row: Row) -> None:
-        told = {"step": row["step"], **figures(row), "_timestamp": _time(row)}
+        told = {"step": row.step, **figures(row), "_timestamp": row.clock.time}
         self._run.log(told, step=position(row), commit=True)
         if self._sends:
             self._held = position(row)

@@ -27,7 +27,8 @@ from dtrain.config import read_config
 from dtrain.errors import UsageError
 from dtrain.files import Lock
 from dtrain.run.console import shown
-from dtrain.run.rundir import CONFIG, LOCK, METRICS, Row, parsed, read_record
+from dtrain.run.rows import EventRow, Row, parsed
+from dtrain.run.rundir import CONFIG, LOCK, METRICS, read_record
 from dtrain.run.trackers import NOTHING, About, State, Tracker, find, position
 from dtrain.world import STOP_SIGNALS
 
@@ -79,7 +80,7 @@ class Tracking:
 
     def row(self, row: Row) -> None:
         """A row has been added to metrics.jsonl."""
-        if row["kind"] != "event":
+        if not isinstance(row, EventRow):
             self._last = max(self._last, position(row))
         self._ring(ROW)
 
@@ -178,7 +179,7 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
     lines = _lines(run / METRICS)
     while True:
         while (row := next(lines)) is not None:
-            if row["kind"] == "event" or position(row) <= state.held:
+            if isinstance(row, EventRow) or position(row) <= state.held:
                 continue
             if tracker is None:
                 tracker = find([name])[0](folder, _about(run), state, live=live)
@@ -196,7 +197,7 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
     return state
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def _lines(path: Path) -> Iterator[Row | None]:
     """The rows of a growing file, None whenever there is no further whole line. Never ends."""
     while not path.exists():  # the run failed before it began
         yield None
@@ -207,8 +208,9 @@ def _lines(path: Path) -> Iterator[Any]:
             if not line.endswith(b"\n"):
                 yield None
                 continue
-            if (row := parsed(line)) is not None:
-                yield row
+            with contextlib.suppress(ValueError):  # a damaged line is for who reads the run, not for a tracker
+                if (row := parsed(line)) is not None:
+                    yield row
             line = b""
 
 
