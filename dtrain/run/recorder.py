@@ -115,9 +115,10 @@ def _check_resume(config: TrainConfig) -> None:
             "begin a new run there without --resume"
         )
     if asked.parent.name == checkpoint.FOLDER and (name := asked.name.partition(".")[0]) != asked.name:
-        taken = f"move {name} away and " if (asked.parent / name).exists() else ""
+        taken = f"move {name} away, then " if (asked.parent / name).exists() else ""
         raise UsageError(
-            f"--resume {asked}: this checkpoint has been set aside; {taken}rename it to {name}, then resume from that"
+            f"--resume {asked}: this checkpoint has been set aside; to go on from it, {taken}rename it to {name} and "
+            "resume from that"
         )
 
 
