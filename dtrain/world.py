@@ -32,7 +32,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Place:
-    """Which process this is, as torchrun and its kin tell it by the environment; alone without them."""
+    """Which process of the run this is, as torchrun and other launchers tell it through the environment."""
 
     rank: int = 0
     size: int = 1
@@ -46,7 +46,7 @@ class Place:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process, rank 0, where they are not set."""
+    """The place that RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE tell; rank 0 of 1 where they are not set."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Place()
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -62,16 +62,16 @@ class Ask:
 
 
 class Clock(Protocol):
-    """Rank 0's wishes that depend on time: a save that is due, a limit that is reached."""
+    """What rank 0 asks for because of the time: a save that is due, or a stop at a limit that is reached."""
 
     def ask(self) -> Ask:
-        """What is due now."""
+        """What is due at this moment."""
         ...
 
 
 @contextlib.contextmanager
 def signals_as_before() -> Iterator[None]:
-    """Give the signals that stop a run back their handlers at the end, whatever was set inside."""
+    """Restore the handlers of the signals that stop a run at the end of the `with`, whatever was set inside."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,7 +84,10 @@ def signals_as_before() -> Iterator[None]:
 
 
 class World:
-    """This process among the others. With one process nothing is sent and no group exists."""
+    """This process among the others of its run. With one process nothing is sent and no group exists.
+
+    A method that is called collective must be called by every process of the run, in the same order.
+    """
 
     def __init__(self, at: Place, timeout_seconds: float) -> None:
         self._at = at
@@ -143,10 +146,10 @@ class World:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn SIGTERM, SIGINT and SIGUSR1 into a wish to stop, which `agreed` carries to all.
+        """Turn SIGTERM, SIGINT and SIGUSR1 into a request to stop, which `agreed` carries to all processes.
 
-        A handler only sets a flag: no Python handler runs inside a blocked collective, and none may start one.
-        Outside the main thread (Ray) signals are left alone.
+        A handler only sets a flag, because Python runs no handler while a collective blocks, and a handler must not
+        start one. Outside the main thread, as under Ray, signals are left alone.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -163,13 +166,13 @@ class World:
         self.stop_reason = signal.Signals(number).name
 
     def ignore_signals(self) -> None:
-        """From the agreement to stop on: a late TERM must not turn exit code 75 into 143."""
+        """Ignore further signals once all have agreed to stop: a late TERM would turn exit code 75 into 143."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
     def post(self, clock: Clock) -> None:
-        """Send this process's wishes; they are read by the next `agreed`. One int64 all-reduce of two, asynchronous."""
+        """Send what this process asks for; the next `agreed` reads it. An asynchronous all-reduce of two int64."""
         mine = clock.ask() if self.is_main else Ask()
         mine = Ask(save=mine.save, stop=mine.stop or self.stop_reason is not None)
         if self._control is None:
@@ -183,9 +186,9 @@ class World:
         self._posted = (work, wishes)
 
     def agreed(self, clock: Clock, step: int | None = None) -> Ask:
-        """What was posted a step ago, by all; and post anew. Collective; waits for what is a step old.
+        """Return what all processes posted one step ago, and post anew. Collective; waits only for what is a step old.
 
-        step: how many are done, for the others to know; None leaves it, as in an evaluation.
+        step: how many updates are done, which the heartbeat tells the others; None leaves it, as in an evaluation.
         """
         if self._witness is not None and step is not None:
             self._witness.beat.step = str(step)
@@ -210,7 +213,7 @@ class World:
     # -- sums, files, sameness -------------------------------------------------------------------------------------
 
     def total(self, sums: torch.Tensor) -> list[int]:
-        """The sum of an int64 tensor over all processes, as ints. Collective and a host sync: for log points only."""
+        """The sum of an int64 tensor over all processes, as ints. Collective and a host sync: use it at log points."""
         mine = sums.cpu()
         if self._control is not None:
             import torch.distributed as dist
@@ -219,7 +222,7 @@ class World:
         return [int(value) for value in mine.tolist()]
 
     def least(self, value: int) -> int:
-        """The least of all processes' values. Collective."""
+        """The smallest of all processes' values. Collective."""
         if self._control is None:
             return value
         import torch
@@ -230,7 +233,10 @@ class World:
         return int(box.item())
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective."""
+        """Run `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective.
+
+        The result is pickled and sent over the network, so it should be small.
+        """
         if self._control is None:
             return work()
         import torch.distributed as dist
@@ -248,13 +254,19 @@ class World:
         return result
 
     def main_first(self, work: Callable[[bool], T]) -> T:
-        """`work(True)` on rank 0; where that went well `work(False)` on the others. Its DtrainError is everybody's."""
+        """Run `work(True)` on rank 0, then `work(False)` on the others. Collective.
+
+        If rank 0 raises a DtrainError, every rank raises it and the others do not begin.
+        """
         mine: list[T] = []
         self.from_main(lambda: mine.append(work(True)))
         return mine[0] if mine else work(False)
 
     def same(self, value: str, what: str) -> None:
-        """Raise ProcessError on every rank unless all gave the same `value`. Collective; no cost per rank on rank 0."""
+        """Raise ProcessError on every rank unless all gave the same `value`. Collective; one broadcast, one all-reduce.
+
+        what: names the value in the error.
+        """
         if self._control is None:
             return
         import torch
@@ -279,10 +291,10 @@ class World:
     # -- when something goes wrong ---------------------------------------------------------------------------------
 
     def explained(self, error: Exception) -> Exception:
-        """The error with which this process ends, so that one process of the run prints it and all end alike.
+        """The error to end this process with, so that one process of the run prints it and all end with its exit code.
 
-        A process that fails by itself is the first to tell. One whose collective failed ends with that error of the
-        other; if nobody told any, it waits two beats to see who still moves, and names who fell silent.
+        A process that fails on its own leaves its error in the store. One whose collective failed takes that error
+        over; if there is none, it waits two heartbeats to see which processes still live, and names those that do not.
         """
         if self._witness is None:  # before they meet all processes find the same error, unless they do not meet
             return _told(error, elsewhere=not self.is_main and not isinstance(error, ProcessError))
@@ -307,7 +319,7 @@ def _told(error: Exception, *, elsewhere: bool) -> Exception:
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """Whether torch.distributed failed: a DistError, or a RuntimeError that names the back end's source."""
+    """Whether an error comes from torch.distributed: a DistError, or a RuntimeError that names the back end."""
     text = str(error).lower()
     known = type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
     return isinstance(error, RuntimeError) and known

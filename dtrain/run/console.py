@@ -1,4 +1,4 @@
-"""What people see: one bar on a terminal, plain lines elsewhere, a table at the end. Rank 0 only."""
+"""What a run prints: a progress bar on a terminal, plain lines, and a table at the end. Rank 0 alone prints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from dtrain.run.rows import EvalRow, TrainRow
 
 T = TypeVar("T")
-CELL = 30  # characters of a table's cell: three of them and a name fit on a line
+CELL = 30  # most characters of a cell in `three_ways`, so that three of them and a name fit on a line
 
 
 class Console:
-    """Prints if `enabled`, else is silent: the other ranks have one too and need not ask who they are."""
+    """Prints where it is `enabled`. The other ranks have one that is not, so that no caller has to ask for its rank."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -24,21 +24,21 @@ class Console:
         self._drawn = enabled and sys.stdout.isatty()
 
     def line(self, text: str) -> None:
-        """One line, above the bar where there is one."""
-        with suppress(OSError):  # a full disk or a reader that is gone: what is shown is no part of the run
+        """Print one line on standard output, above the progress bar where there is one."""
+        with suppress(OSError):  # a full disk or a closed pipe must not end the run
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
             elif self.enabled:
                 print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """One line of warning, on stderr."""
+        """Print one line of warning on standard error."""
         if self.enabled:
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def start(self, total_steps: int, step: int) -> None:
-        """Draw the bar of a run, on a terminal."""
+        """Draw the progress bar of a run if this is a terminal."""
         if self._drawn:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -49,14 +49,14 @@ class Console:
             self._bar.start()
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError):
                 bar.stop()
 
     def train(self, row: TrainRow, total_epochs: float, total_steps: int) -> None:
-        """A train row: progress, loss, accuracy, rate, speed, wait, time left."""
+        """Print a train row: progress, loss, accuracy, learning rate, speed, share of time spent waiting, time left."""
         if self._bar is not None:
             self._bar.update(self._task, completed=row.step)
         clock = row.clock
@@ -67,7 +67,7 @@ class Console:
         )
 
     def evaluation(self, row: EvalRow) -> None:
-        """An eval row: counts and percent."""
+        """Print an eval row: counts and percent."""
         weights = "" if row.weights == "raw" else f" ({row.weights} weights)"
         self.line(
             f"{row.split} at step {row.step}{weights}: {counted(row.hits, row.images)}, "
@@ -75,7 +75,7 @@ class Console:
         )
 
     def converting(self, progress: Generator[Any, None, T]) -> T:
-        """Run a conversion to its end and return its result; a bar on a terminal, a line a split elsewhere."""
+        """Run a conversion to its end and return its result. Shows a bar on a terminal, else a line a split."""
         bar, tasks = None, {}
         try:
             while True:
@@ -102,20 +102,20 @@ class Console:
                     bar.stop()
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Two columns under a title."""
+        """Print two columns under a title."""
         for line in (f"\n{title}", *(f"  {line}" for line in aligned(rows))):
             self.line(line)
 
 
 def aligned(rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Rows of equal length as lines with their cells in columns, two spaces apart."""
+    """The lines of a table: rows of equal length in columns, two spaces apart, without rules and colours."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
 def three_ways(rows: Iterable[tuple[str, Any, Any, Any]]) -> str:
-    """What a resume would change, as a table: a name, what it was, what is asked, what is used. None is shown as -."""
+    """A table of what a resume would change: a setting, its old value, the one asked for, the one used; - for None."""
     texts = [["-" if cell is None else str(cell) for cell in row] for row in rows]
     cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in texts]
     return "\n".join(aligned([("setting", "was", "asked", "used"), *cut]))
@@ -127,12 +127,12 @@ def counted(hits: int, images: int) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as one would type it here: relative where it lies below the working directory."""
+    """A path as a user would type it: relative if it lies below the working directory."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def span(seconds: float) -> str:
-    """Seconds for people: 45 s, 2 min 10 s, 1 h 05 min."""
+    """A duration in words: 45 s, 2 min 10 s, 1 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""What a run leaves, as the loop sees it: a Recorder on every process, which writes on rank 0 and nowhere else."""
+"""The run directory as the training loop sees it: every process has a Recorder, and only that of rank 0 writes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from dtrain.run.rundir import (
 )
 from dtrain.run.tracking import Tracking
 
-WHERE = ("output", "name", "resume", "recipe")  # how the run was found, and no part of it
-HELD_ROWS = 10_000  # some megabytes: rows that wait for a disk with room
+WHERE = ("output", "name", "resume", "recipe")  # settings that say how a run is found and are no part of it
+HELD_ROWS = 10_000  # most rows, some megabytes, that wait in memory while the disk is full
 
 
 class Recorder:
-    """The run directory, its record, and who follows it. Without a directory (every rank but 0) no method does a thing.
+    """The run directory, its record and its trackers. Where `folder` is None, as on every rank but 0, it does nothing.
 
-    A row that the disk refuses is held, and written, in order, with the next that it takes; `flush` insists.
-    track: names of trackers, checked.
+    A row that a full disk refuses is held in memory and written, in order, before the next row; `flush` raises instead.
+    track: names of trackers, which have been checked.
     """
 
     def __init__(self, path: Path, folder: RunDir | None, record: Record, track: Sequence[str] = ()) -> None:
@@ -47,7 +47,7 @@ class Recorder:
         self._held: list[Row] = []
 
     def update(self, **changed: Any) -> None:
-        """Change run.json."""
+        """Change fields of run.json."""
         if self.folder is not None:
             self.record = replace(self.record, **changed)
             self.folder.write_record(self.record)
@@ -69,26 +69,26 @@ class Recorder:
             self._tracking.row(self._held.pop(0))
 
     def flush(self) -> None:
-        """Write what is held and make all rows survive a power cut: due before a checkpoint. Raises StorageError."""
+        """Write the held rows and make all survive a power cut. Call it before each checkpoint. Raises StorageError."""
         if self.folder is not None:
             self._write_held()
             self.folder.sync()
 
     def event(self, name: str, step: int, *, processes: int | None = None, reason: str | None = None) -> None:
-        """Add an event row: start, resume, save, stop, finish."""
+        """Add an event row: start and resume with `processes`, save, stop with `reason`, or finish."""
         self.row(EventRow(name, step, processes, reason, clock=EventClock(time.time())))
 
     def rows(self) -> list[Row]:
-        """The rows so far."""
+        """The rows written so far."""
         return read_rows(self.path) if self.folder is not None else []
 
     def failed(self, error: Exception) -> None:
-        """Say in run.json how the run ended. Never raises StorageError: the error itself matters more."""
+        """Write into run.json how the run ended. Raises no StorageError, since `error` matters more."""
         with contextlib.suppress(StorageError):
             self.update(status="failed", exit_code=exit_code_of(error), reason=f"{type(error).__name__}: {error}")
 
     def close(self, console: Console) -> None:
-        """Let others have the directory, when those who follow the run have had their few seconds."""
+        """Give the trackers a few seconds to end, print how each ended, and release the directory."""
         for line, fell_short in self._tracking.close():
             (console.warn if fell_short else console.line)(line)
         if self.folder is not None:
@@ -96,7 +96,7 @@ class Recorder:
 
 
 def path_of(config: TrainConfig) -> Path:
-    """The run directory that `config` means, as far as settings decide; `--resume none` may take the next free one."""
+    """The run directory that `config` names. With `--resume none` the run may get `<it>-2` or a later one instead."""
     if config.resume not in ("auto", "none"):
         given = Path(config.resume)
         return given.parent.parent if given.parent.name == checkpoint.FOLDER else given
@@ -123,15 +123,15 @@ def _check_resume(config: TrainConfig) -> None:
 
 
 def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """What `auto` became when this run began, for a resume to keep; empty for a new run.
+    """The values that settings given as `auto` took when this run began, for a resume to keep; empty for a new run.
 
-    Threads are kept for an equal number of processes only: another number divides the cores anew. Raises StorageError
-    if the directory could not be written, before any work is done for it, UsageError where `--resume PATH` cannot be
-    what it asks for.
+    The number of threads is kept only if the number of processes is the same, since another divides the cores anew.
+    Raises StorageError if the directory cannot be written, before any work is done for it, and UsageError if
+    `--resume PATH` cannot be honoured.
     """
     _check_resume(config)
     path, fresh = path_of(config), config.resume == "none"
-    check_writable(path.parent if fresh and path.exists() else path)  # a taken one is left alone
+    check_writable(path.parent if fresh and path.exists() else path)  # a directory that is taken is left alone
     record = None if fresh else read_record(path)
     if record is None:
         return {}
@@ -142,10 +142,11 @@ def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
 
 
 def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], resolved: Mapping[str, Any]) -> Recorder:
-    """Own the run directory (`main`), refuse one with other settings, and write config.toml and run.json.
+    """On the main process, own the run directory and write its config.toml and run.json; elsewhere touch nothing.
 
-    resolved: what `auto` became.
-    Raises UsageError for a directory that is in use, is another run's, or is not there to resume; StorageError.
+    resolved: the values that settings given as `auto` took.
+    Raises UsageError for a directory that is in use, holds a run with other settings, or is to be resumed and does
+    not exist; StorageError if it cannot be read or written.
     """
     path = path_of(config)
     if not main:
@@ -194,9 +195,10 @@ def _refuse_other_settings(path: Path, config: TrainConfig) -> None:
 
 
 def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise DataError, with a table, unless the data set is the one that the run began with.
+    """Raise DataError, with a table of what differs, unless the data set is the one that the run began with.
 
-    was, asked: class_names, channels, image_size, train_size and digest (`data`), of the checkpoint and of now.
+    was, asked: the facts of the data set in the checkpoint and now: class_names, channels, image_size, train_size, and
+    the digest `data`.
     """
     if all(was.get(name) == value for name, value in asked.items()):
         return

@@ -1,12 +1,12 @@
 """The run directory: everything that a run leaves, one owner at a time.
 
 runs/allcnn_c-digits-1a2b3c4d/
-  config.toml     the settings; `dtrain train --config config.toml` runs again as is
-  run.json        the record: how far, how it ended, with what it was computed
+  config.toml     the settings; `dtrain train --config config.toml` trains with the same again
+  run.json        the record: how far the run came, how it ended, and what it was computed with
   metrics.jsonl   one row a line, see rows.py
   checkpoints/    see checkpoint.py
-  trackers/       how far each has followed, and what it said
-  lock            held by the owner as long as it lives
+  trackers/       for each tracker its log, its files and how far it has come
+  lock            locked by the process that owns the run, as long as it lives
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ DISTRIBUTIONS = ("dtrain", "torch", "numpy", "numba", "safetensors", "ffcv")  # 
 
 @dataclass(frozen=True)
 class Record:
-    """What run.json holds. `resolved`: what `auto` became; `plugins`: kind to what was used."""
+    """What run.json holds.
+
+    resolved: the values that settings given as `auto` took; plugins: for each kind, the plugin that was used.
+    """
 
     status: Status
     step: int = 0
-    exit_code: int | None = None  # of dtrain itself: torchrun turns every failure into 1
+    exit_code: int | None = None  # of dtrain itself, because torchrun turns every failure into 1
     reason: str | None = None
     last_checkpoint: str | None = None  # the folder's name
     command: Sequence[str] = ()
@@ -55,9 +58,9 @@ class Record:
 
 
 class RunDir:
-    """A run directory that this process owns until the end of a `with`, or `close`, or its death. Made by `open_run`.
+    """A run directory that this process owns until the end of a `with`, `close`, or its own end. Made by `open_run`.
 
-    Every method raises StorageError, naming the file and the reason, if the disk refuses.
+    Every method that writes raises StorageError, which names the file and the reason, if the disk refuses.
     """
 
     def __init__(self, path: Path, lock: Lock) -> None:
@@ -77,16 +80,16 @@ class RunDir:
             write_json(self.path / RECORD, dataclasses.asdict(record))
 
     def append(self, row: Row) -> None:
-        """Add a row to metrics.jsonl, a whole line or nothing. It survives a kill at once, a power cut after `sync`."""
+        """Add a row to metrics.jsonl, whole or not at all. It then survives a kill, and after `sync` a power cut."""
         line = as_line(row)
         with _told(self.path / METRICS), (self.path / METRICS).open("ab", buffering=0) as file:
             end = file.tell()
             if file.write(line) != len(line):
-                file.truncate(end)  # else the next row would be glued to half of this one
+                file.truncate(end)  # otherwise the next row would follow half of this one on one line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Make the rows so far survive a power cut; due before a checkpoint, which must not know more than they do."""
+        """Make the rows so far survive a power cut. Due before each checkpoint, which must not be ahead of them."""
         with _told(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
 
@@ -107,7 +110,7 @@ class RunDir:
             part.write_bytes(b"".join(kept))
 
     def close(self) -> None:
-        """Let others have the directory."""
+        """Release the directory."""
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -141,7 +144,7 @@ def open_run(base: Path, *, fresh: bool) -> RunDir:
 
 
 def check_writable(path: Path) -> None:
-    """Raise StorageError if no folder can be made at `path`, as far as that is seen without making it."""
+    """Raise StorageError if no folder can be made at `path`, as far as can be seen without making it."""
     with _told(path, ELSEWHERE):
         there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not there.is_dir():
@@ -234,7 +237,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the distributions that shape the numbers of a run. Imports none of them."""
+    """The installed versions of the distributions that affect the numbers of a run. Imports none of them."""
     found = {}
     for name in DISTRIBUTIONS:
         try:
@@ -245,11 +248,11 @@ def versions() -> dict[str, str]:
 
 
 def summaries(runs: Path) -> list[dict[str, Any]]:
-    """One row a run directory under `runs`, by name: what `dtrain runs` shows.
+    """What `dtrain runs` shows: a dictionary for each run directory under `runs`, sorted by name.
 
     Keys: run, status, step, reason, and of the last evaluation hits, images, split, weights (None before the first).
-    A run that says "running" while nobody holds its lock has "died"; one that cannot be read is "damaged", and the
-    reason says why.
+    The status is "died" where the record says "running" and no process holds the lock, and "damaged" where the run
+    cannot be read; the reason then says why.
     """
     if not runs.is_dir():
         return []
@@ -257,7 +260,7 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    alive = Lock(run / LOCK).is_held()  # before the record is read: a run that ends in between is then no "died"
+    alive = Lock(run / LOCK).is_held()  # looked at first: a run that ends before its record is read has not died
     summary: dict[str, Any] = {"run": run.name, "status": "damaged", "step": None, "reason": None}
     summary |= dict.fromkeys(EVALUATION)
     try:
