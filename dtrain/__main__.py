@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from dtrain.commands.launch import CODE_FILE
 from dtrain.errors import DtrainError, ExitCode, Stopped
 from dtrain.runtime import tune_allocator
 from dtrain.world import place
@@ -49,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             _tell(line, debug, f"{error.table}\n" if error.table else "")
         _leave_for_torchrun(line, debug)
     except KeyboardInterrupt:
-        code = ExitCode.STOPPED_UNSAVED
-        _tell("stopped before anything could be saved", False)
+        code, line = ExitCode.STOPPED_UNSAVED, "stopped before anything could be saved"
+        _tell(line, False)
+        _leave_for_torchrun(line, False)
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else (0 if error.code is None else 1)
+        code = error.code if isinstance(error.code, int) else ExitCode.DEFECT if error.code else ExitCode.DONE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OF_OUTPUT and error.filename is None and not is_run:
             code = _unwritten(error)
@@ -116,8 +118,8 @@ def _leave(code: int, told: bool) -> None:
             stream.flush()
         except OSError:  # Python would try again at its end and exit with 120, so the rest is thrown away here
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if code and told and (file := os.environ.get("DTRAIN_EXIT_CODE_FILE")):
-        Path(file).write_text(str(int(code)), encoding="ascii")  # read by commands/launch.py
+    if code and told and (file := os.environ.get(CODE_FILE)):
+        Path(file).write_text(str(int(code)), encoding="ascii")
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(code)
     sys.exit(code)

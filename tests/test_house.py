@@ -49,7 +49,7 @@ INSIDE = (
         ("dtrain.run.recorder",),
         ("dtrain.run.tracking",),
         ("dtrain.run.rundir", "dtrain.run.trackers"),
-        ("dtrain.run.checkpoint",),
+        ("dtrain.run.checkpoint", "dtrain.run.rows"),
     ),
     (
         ("dtrain.model.evaluation", "dtrain.model.rehearsal"),

@@ -274,7 +274,7 @@ def test_the_launcher_says_how_a_process_ended_that_left_no_line() -> None:
     assert told(-9).startswith(
         "process 1 ended with SIGKILL; if nobody killed it, memory ran out: try a smaller --batch"
     )
-    assert told(-11).startswith("process 1 ended with SIGSEGV; what it said stands above; run the same command again")
+    assert told(-11).startswith("process 1 ended with SIGSEGV; its own output stands above; run the same command again")
     assert told(3).startswith("process 1 ended with exit code 3; ")
 
 

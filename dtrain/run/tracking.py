@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import read_config
-from dtrain.errors import UsageError
+from dtrain.errors import ExitCode, UsageError
 from dtrain.files import Lock
 from dtrain.run.console import shown
 from dtrain.run.rows import EventRow, Row, parsed
@@ -248,8 +248,8 @@ def main(run: Path, name: str, how: str) -> int:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
             replace(State.read(folder), error=reason).write(folder)
             traceback.print_exc()  # into the log
-        return 1
-    return 0
+        return ExitCode.DEFECT
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":
