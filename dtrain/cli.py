@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import dtrain
-from dtrain.errors import EXIT_STOPPED_UNSAVED, UsageError, nearest
+from dtrain.errors import ExitCode, UsageError, nearest
 from dtrain.flags import own_flag, with_flags
 from dtrain.plugins import find
 from dtrain.run import trackers
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
             raise UsageError(" ".join(error.format_message().split())) from None
         known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
         raise UsageError(f"{flag} is not a flag; {nearest(flag, known)}") from None
-    if code == EXIT_STOPPED_UNSAVED:  # what Typer makes of KeyboardInterrupt
+    if code == ExitCode.STOPPED_UNSAVED:  # what Typer makes of KeyboardInterrupt
         raise KeyboardInterrupt
     if isinstance(code, int) and code:
         sys.exit(code)
@@ -96,7 +96,7 @@ Debug = Annotated[bool, own_flag("--debug", Run.title, "add the traceback to an 
 def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         print(dtrain.__version__)
-        raise typer.Exit(0)
+        raise typer.Exit(ExitCode.DONE)
 
 
 def _train(
@@ -302,7 +302,7 @@ def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
     parser.command()(with_flags(keep))
     typer.main.get_command(parser).main(args=arguments, prog_name="dtrain train", standalone_mode=False)
     if not layers:  # --help, which has been printed
-        raise typer.Exit(0)
+        raise typer.Exit(ExitCode.DONE)
     settings, config = layers[0]
     if run is not None:
         config = run / RUN_CONFIG

@@ -11,9 +11,11 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
+
+from dtrain.errors import StorageError
 
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 
@@ -96,6 +98,14 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON value whole or not at all, indented for people; floats that are not finite become null."""
     with whole_file(path) as part:
         part.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def refuse_unknown_keys(file: Path | str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise StorageError for the first key that `file` holds and this version of dtrain does not know."""
+    if unknown := sorted(set(given) - set(known)):
+        raise StorageError(
+            f"{file} holds {unknown[0]!r}, which this version of dtrain does not know; use the version that wrote it"
+        )
 
 
 def set_aside(path: Path, ending: str) -> Path:

@@ -21,7 +21,7 @@ from dtrain import runtime
 from dtrain.config import TrainConfig
 from dtrain.data.cache import CONVERSION_SECONDS
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.errors import DivergedError, Stopped, StorageError
+from dtrain.errors import DivergedError, ExitCode, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
 from dtrain.model.learner import learner_of
@@ -34,7 +34,8 @@ from dtrain.plan import Plan, check_batch, make_plan
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
-from dtrain.run.state import RunClock, Stopwatch, TrainState
+from dtrain.run.rows import EvalClock, EvalRow, TrainClock, TrainRow
+from dtrain.run.state import Best, RunClock, Stopwatch, TrainState, read_state
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
 
@@ -45,8 +46,8 @@ class Summary:
     run: Path
     status: str
     step: int
-    evaluations: dict[str, dict[str, Any]]
-    best: dict[str, Any] | None
+    evaluations: dict[str, EvalRow]
+    best: Best | None
     seconds: dict[str, float]
 
 
@@ -87,8 +88,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                     raise
             world.leave()
             return summary
-        except Stopped as stopped:
-            setattr(stopped, "told_elsewhere", not world.is_main)  # noqa: B010 - read by __main__, which prints
+        except Stopped:
             raise
         except Exception as error:
             if world.size > 1:
@@ -96,7 +96,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             explained = world.explained(error)
             if recorder is not None:
                 recorder.failed(explained)
-            raise explained from (error if explained is not error else error.__cause__)
+            raise explained from explained.__cause__
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
@@ -195,12 +195,13 @@ class Training:
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
             try:
-                self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
+                self.recorder.update(status="stopped", step=state.step, exit_code=ExitCode.STOPPED, reason=reason)
             except StorageError as error:  # the checkpoint is there, and that is what counts
                 self.console.warn(f"saved, but: {error}")
             self.console.stop()
             self.console.table("stopped", [*self._seconds(), ("to go on", again)])
-            raise Stopped(f"stopped at step {state.step} by {reason}, saved; to go on: {again}")
+            line = f"stopped at step {state.step} by {reason}, saved; to go on: {again}"
+            raise Stopped(line, told_elsewhere=not self.world.is_main)
 
     def log(self) -> None:
         """Close the log interval: read the sums, write and show a row, begin the next. Collective, a host sync."""
@@ -210,26 +211,26 @@ class Training:
         seconds, waited = self.watch.lap()
         images_per_second = (state.samples - self.lap_samples) / max(seconds, 1e-9)
         self.lap_samples = state.samples
-        row = {
-            "kind": "train",
-            "step": state.step,
-            "epoch": state.step / plan.steps_per_epoch,
-            "samples": state.samples,
-            "loss": sums.loss,
-            "top1_fraction": sums.top1_fraction,
-            "lr": self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
-            "images_in_interval": sums.images,
-            "skipped_steps": sums.skipped_images // plan.batch_size,
-            "checksum": sums.checksum,
-            "clock": {
-                "images_per_second": images_per_second,
-                "data_wait_fraction": waited / max(seconds, 1e-9),
-                "train_seconds": state.seconds["train"],
-                "cpu_seconds": time.process_time(),
-                "left_seconds": (plan.total_samples - state.samples) / max(images_per_second, 1e-9),
-                "time": time.time(),
-            },
-        }
+        clock = TrainClock(
+            images_per_second=images_per_second,
+            data_wait_fraction=waited / max(seconds, 1e-9),
+            train_seconds=state.seconds["train"],
+            cpu_seconds=time.process_time(),
+            left_seconds=(plan.total_samples - state.samples) / max(images_per_second, 1e-9),
+            time=time.time(),
+        )
+        row = TrainRow(
+            step=state.step,
+            epoch=state.step / plan.steps_per_epoch,
+            samples=state.samples,
+            loss=sums.loss,
+            top1_fraction=sums.top1_fraction,
+            lr=self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
+            images_in_interval=sums.images,
+            skipped_steps=sums.skipped_images // plan.batch_size,
+            checksum=sums.checksum,
+            clock=clock,
+        )
         self.recorder.row(row)
         self.console.train(row, plan.total_steps / plan.steps_per_epoch, plan.total_steps)
 
@@ -289,22 +290,21 @@ class Training:
 
     def _record_evaluation(self, weights: str, sums: Sums) -> None:
         state = self.state
-        row = {
-            "kind": "eval",
-            "step": state.step,
-            "epoch": state.step / self.plan.steps_per_epoch,
-            "samples": state.samples,
-            "split": self.split,
-            "weights": weights,
-            "hits": sums.hits,
-            "hits5": sums.hits5,
-            "images": sums.images,
-            "loss": sums.loss,
-            "nonfinite_losses": sums.nonfinite,
-            "clock": {"eval_seconds": state.seconds["eval"], "time": time.time()},
-        }
-        if state.best is None or sums.hits > state.best["hits"]:
-            state.best = {key: row[key] for key in ("step", "split", "weights", "hits", "images")}
+        row = EvalRow(
+            step=state.step,
+            epoch=state.step / self.plan.steps_per_epoch,
+            samples=state.samples,
+            split=self.split,
+            weights=weights,
+            hits=sums.hits,
+            hits5=sums.hits5,
+            images=sums.images,
+            loss=sums.loss,
+            nonfinite_losses=sums.nonfinite,
+            clock=EvalClock(state.seconds["eval"], time.time()),
+        )
+        if state.best is None or sums.hits > state.best.hits:
+            state.best = Best(row.step, row.split, row.weights, row.hits, row.images)
         if self.config.stop_at_accuracy is not None and sums.top1_fraction >= self.config.stop_at_accuracy:
             state.reached = True
         self.recorder.row(row)
@@ -332,7 +332,7 @@ class Training:
         folder, state = self.recorder.folder, self.state
         if folder is None:
             return
-        counts = {**asdict(state), **self.learner.counts()}
+        counts = {"run": asdict(state), "learner": self.learner.counts()}
         about: dict[str, Any] = {
             "config": self.config.settings(),
             **self.dataset.facts,
@@ -342,7 +342,7 @@ class Training:
         path = checkpoint.save(folder.checkpoints, state.step, self.learner.parts(), counts, about)
         self.recorder.event("save", state.step)
         try:
-            checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best["step"] if state.best else None)
+            checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best.step if state.best else None)
             self.recorder.update(step=state.step, last_checkpoint=path.name)
         except StorageError as error:  # the checkpoint itself is there
             self.console.warn(f"saved, but: {error}")
@@ -351,20 +351,19 @@ class Training:
         """Mark the run finished and show its table."""
         state, recorder = self.state, self.recorder
         evaluations, path = self.world.from_main(
-            lambda: ({row["weights"]: row for row in recorder.rows() if row["kind"] == "eval"}, recorder.path)
+            lambda: ({row.weights: row for row in recorder.rows() if isinstance(row, EvalRow)}, recorder.path)
         )
         recorder.event("finish", state.step)
-        recorder.update(status="finished", step=state.step, exit_code=0, reason=None)
+        recorder.update(status="finished", step=state.step, exit_code=ExitCode.DONE, reason=None)
         self.console.stop()
         accuracies = [
-            (f"{row['split']} accuracy, {weights} weights", f"{counted(row['hits'], row['images'])}")
+            (f"{row.split} accuracy, {weights} weights", counted(row.hits, row.images))
             for weights, row in evaluations.items()
         ]
-        best, last = [], max((row["hits"] for row in evaluations.values()), default=0)
-        if state.best is not None and state.best["hits"] > last:
-            note = ", picked on the test split: no fair figure" if state.best["split"] == "test" else ""
-            figure = counted(state.best["hits"], state.best["images"])
-            best = [(f"best, at step {state.best['step']}{note}", figure)]
+        best, last = [], max((row.hits for row in evaluations.values()), default=0)
+        if state.best is not None and state.best.hits > last:
+            note = ", picked on the test split: no fair figure" if state.best.split == "test" else ""
+            best = [(f"best, at step {state.best.step}{note}", counted(state.best.hits, state.best.images))]
         look = ("look at it", f"dtrain eval {shlex.quote(shown(path))}")
         self.console.table("finished", [*accuracies, *best, *self._seconds(), look])
         return Summary(path, "finished", state.step, evaluations, state.best, state.seconds)
@@ -423,12 +422,11 @@ class Training:
             self.recorder.event("start", 0, processes=self.world.size)
             return TrainState()
         refuse_other_data(self.config.dataset, was=saved.about, asked=self.dataset.facts)
-        counts: dict[str, Any] = dict(saved.state)
+        state, counts = read_state(saved.state)
         self.learner.restore(saved.parts, counts)
         for kind, plugin in self.recorder.record.plugins.items():
             if plugin != (was := saved.about["plugins"].get(kind)):
                 self.console.warn(f"{kind}: was {was}, is {plugin}; what follows need not be the run as it began")
-        state = TrainState(**counts)
         if self.recorder.folder is not None:
             self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)
         self.recorder.event("resume", state.step, processes=self.world.size)

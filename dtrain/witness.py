@@ -1,7 +1,7 @@
-"""What the processes of a run leave for each other in their store: who is where, how far it came, what went wrong.
+"""What the processes of a run leave for each other in their store: where each runs, how far it came, what went wrong.
 
-So that one error ends all of them with one line and one exit code, and who died or fell silent is named. The store is
-torch's, handed in by world.py; a RuntimeError of it means that it is gone, with the process that keeps it.
+Because of it one error ends all processes with one line and one exit code, and a process that died or hangs is named.
+The store is torch's and is handed in by rendezvous.py. When the process that keeps it is gone, it raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import DtrainError, ProcessError
+from dtrain.errors import DtrainError, ExitCode, ProcessError, exit_code_of
 
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.005
@@ -23,7 +23,7 @@ NO_STEP = "-"
 
 
 class Witness:
-    """One process's part. store: a client of its own; neighbours: the ranks on this host."""
+    """What one process tells and sees. store: a connection of its own; neighbours: the ranks on this host."""
 
     def __init__(self, store: Any, rank: int, size: int, neighbours: range, timeout_seconds: float) -> None:
         self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
@@ -33,18 +33,21 @@ class Witness:
         self.beat = _Beat(store, rank)
 
     def all_at(self, point: str, seconds: float) -> None:
-        """Wait until all processes have come here. Collective.
+        """Wait until all processes have come to `point`. Collective.
 
-        Raises the error that another process tells meanwhile; ProcessError after `seconds`, at once for a process of
-        this host that is no more, and for one that shows no sign of life for a whole time-out.
+        Raises the error that another process leaves meanwhile. Raises ProcessError after `seconds`, at once when a
+        process of this host has died, and when the next process has sent no heartbeat for a whole time-out.
         """
         self._store.set(f"at {point}/{self.rank}", "")
         if self._store.add(point, 1) == self.size:
             self._store.set(f"all {point}", "")
         pause, moved = POLL_SECONDS, time.monotonic()
         deadline = moved + seconds
-        after, beat = (self.rank + 1) % self.size, ""  # each looks after the next one: no work grows with their number
-        # asked again and again, since a client that waits in the store lets no beat through
+        after, beat = (
+            (self.rank + 1) % self.size,
+            "",
+        )  # each watches only the next one, so no work grows with their number
+        # polled, because a client that waits inside the store would hold back its own heartbeat
         while not self._store.check([f"all {point}"]):
             if self._store.check(["error"]):
                 break
@@ -52,7 +55,7 @@ class Witness:
             if now > deadline:
                 missing = [rank for rank in range(self.size) if not self._store.check([f"at {point}/{rank}"])]
                 raise self.told_by_another() or self._gone(missing, f"did not come within {seconds:g} s")
-            if pause >= BEAT_SECONDS / 4:  # it takes longer than a start does
+            if pause >= BEAT_SECONDS / 4:  # this takes longer than an ordinary start
                 if (died := self._died()) is not None and not self._store.check(["error"]):
                     raise died
                 if (seen := self._read(f"beat/{after}")) != beat:
@@ -65,7 +68,7 @@ class Witness:
             raise told
 
     def let_others_hear(self) -> None:
-        """Say that this process knows; process 0, with which the store may go, waits two beats for the others to."""
+        """Note that this process knows the error; process 0, which may keep the store, waits two beats for all."""
         deadline, others = time.monotonic() + 2 * BEAT_SECONDS, set(range(1, self.size))
         with contextlib.suppress(RuntimeError):
             self._store.set(f"heard/{self.rank}", "")
@@ -74,50 +77,48 @@ class Witness:
                 time.sleep(0.02)
 
     def tell(self, error: Exception) -> bool:
-        """Whether this process is the first to tell; if so, its error is left in the store for the others.
+        """Leave an error in the store for the others; False if another process has already left one.
 
-        Where the store is gone nobody knows who was first: a DtrainError is then not told again.
+        Where the store is gone nobody knows who was first, and a DtrainError then counts as told by another.
         """
         try:
             if int(self._store.add("told", 1)) != 1:
                 return False
-            code = error.exit_code if isinstance(error, DtrainError) else 1
-            self._store.set("error", f"{code} {type(error).__name__}: {error}")
+            line = str(error) if isinstance(error, DtrainError) else f"{type(error).__name__}: {error}"
+            self._store.set("error", f"{exit_code_of(error):d} {line}")
         except RuntimeError:  # the store is gone, with process 0
             return not isinstance(error, DtrainError)
         return True
 
     def told_by_another(self) -> DtrainError | None:
-        """The error another process tells, or its death without one; None if two beats bring neither."""
+        """The error that another process left, or its death without one; None if neither shows within two beats."""
         deadline = time.monotonic() + 2 * BEAT_SECONDS
         try:
             while not self._store.check(["error"]):
                 if time.monotonic() > deadline:
                     return None
                 died = self._died()
-                if died is not None and not self._store.check(["error"]):  # else it told before it ended
+                if died is not None and not self._store.check(["error"]):  # otherwise it left its error before it ended
                     return died
                 time.sleep(0.05)
             code, _, line = self._store.get("error").decode().partition(" ")
         except RuntimeError:
             return None
-        error = ProcessError(line)
-        setattr(error, "exit_code", int(code))  # noqa: B010 - of this instance: the other's own
-        return error
+        return ProcessError(line, ExitCode(int(code)))
 
     def _dead(self) -> Iterator[int]:
-        """The processes of this host that are no more."""
+        """The ranks on this host whose processes have died."""
         for rank in self._neighbours:
             host, _, pid = self._read(f"where/{rank}").rpartition(" ")
             if host == _host() and not _lives(int(pid)):
                 yield rank
 
     def _read(self, key: str) -> str:
-        """What stands in the store; "" where nothing does: to ask for that would wait a time-out long."""
+        """What stands in the store under `key`; "" where nothing does, since `get` would wait for a whole time-out."""
         return str(self._store.get(key).decode()) if self._store.check([key]) else ""
 
     def _died(self) -> ProcessError | None:
-        """What to say of the first process of this host that is no more, if any."""
+        """The error that names the first process of this host that has died, if one has."""
         if (rank := next(self._dead(), None)) is None:
             return None
         pid = self._read(f"where/{rank}").split()[-1]
@@ -130,9 +131,10 @@ class Witness:
         )
 
     def silent(self) -> ProcessError:
-        """Who fell silent: of those that have not given up as well, who shows no sign of life, else all of them.
+        """The error that names the processes which stopped answering, found within three beats.
 
-        Found within three beats.
+        They are those that neither gave up as this one does nor sent a heartbeat meanwhile; where there are none, all
+        that did not give up.
         """
         try:
             self._store.set(f"gave up/{self.rank}", "")
@@ -162,7 +164,7 @@ class Witness:
 
 
 class _Beat:
-    """A thread that writes this process's progress to the store each second, so that a laggard can be named."""
+    """A thread that writes this process's progress to the store every second, so that one that hangs can be named."""
 
     def __init__(self, store: Any, rank: int) -> None:
         self.step = NO_STEP
@@ -180,7 +182,7 @@ class _Beat:
         while not self._stopped.wait(BEAT_SECONDS):
             try:
                 self._write()
-            except RuntimeError:  # the store's host is gone; the next collective will tell
+            except RuntimeError:  # the store is gone; the next collective fails and is explained
                 return
 
     def stop(self) -> None:
@@ -189,7 +191,7 @@ class _Beat:
 
 
 def _host() -> str:
-    """This host, as far as process ids mean the same."""
+    """Where process ids mean the same as here: the host's name and its namespace of process ids."""
     return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
 
@@ -198,11 +200,11 @@ def _lives(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"  # a zombie until its parent asks
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # a dead process is a zombie until its parent waits for it
 
 
 def killed_for_memory() -> int:
-    """How many processes this host's kernel has killed for lack of memory; 0 where it does not say."""
+    """How many processes this host's kernel has killed for lack of memory since it started; 0 where it does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
             if line.startswith("oom_kill "):

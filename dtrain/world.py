@@ -1,41 +1,38 @@
-"""The only file that knows processes: who we are, what is agreed, what is summed, who fell silent.
+"""What the processes of a run say to each other: what they agree on, what they sum, what rank 0 tells the others.
 
-Three kinds of talk, all over torch.distributed:
+There are three kinds of talk, all over torch.distributed:
 - gradients, by DDP, on the default group (gloo or nccl);
-- agreement, one asynchronous int64 all-reduce a step on a gloo group of its own: posted in one step, read in the next;
-- what only rank 0 does (files), through `from_main`: its result or its error is everybody's.
-A collective that fails is explained through the store (witness.py), where each process keeps how far it came.
+- agreement, by one asynchronous int64 all-reduce a step on a gloo group of its own, posted in one step and read in the
+  next;
+- what rank 0 does alone (files), by `from_main`: its result or its error becomes everybody's.
+How processes meet and part stands in rendezvous.py. A collective that fails is explained through the store
+(witness.py), where each process keeps how far it came.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import queue
 import signal
-import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from dtrain import rendezvous
 from dtrain.errors import DtrainError, ProcessError
-from dtrain.witness import BEAT_SECONDS, Witness
+from dtrain.witness import Witness
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-WATCHDOG_GRACE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which process this is, as torchrun and its kin tell it by the environment; alone without them."""
+    """Which process of the run this is, as torchrun and other launchers tell it through the environment."""
 
     rank: int = 0
     size: int = 1
@@ -49,7 +46,7 @@ class Place:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process, rank 0, where they are not set."""
+    """The place that RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE tell; rank 0 of 1 where they are not set."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Place()
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -65,16 +62,16 @@ class Ask:
 
 
 class Clock(Protocol):
-    """Rank 0's wishes that depend on time: a save that is due, a limit that is reached."""
+    """What rank 0 asks for because of the time: a save that is due, or a stop at a limit that is reached."""
 
     def ask(self) -> Ask:
-        """What is due now."""
+        """What is due at this moment."""
         ...
 
 
 @contextlib.contextmanager
 def signals_as_before() -> Iterator[None]:
-    """Give the signals that stop a run back their handlers at the end, whatever was set inside."""
+    """Restore the handlers of the signals that stop a run at the end of the `with`, whatever was set inside."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,58 +84,38 @@ def signals_as_before() -> Iterator[None]:
 
 
 class World:
-    """This process among the others. With one process nothing is sent and no group exists."""
+    """This process among the others of its run. With one process nothing is sent and no group exists.
+
+    A method that is called collective must be called by every process of the run, in the same order.
+    """
 
     def __init__(self, at: Place, timeout_seconds: float) -> None:
         self._at = at
         self.rank, self.size, self.is_main = at.rank, at.size, at.is_main
         self.timeout_seconds = timeout_seconds
         self.stop_reason: str | None = None  # the signal this process was sent
-        self._control: Any = None
+        self._meeting: rendezvous.Meeting | None = None
+        self._witness: Witness | None = None
+        self._control: Any = None  # the gloo group for agreement
         self._posted: Any = None
         self._pending = Ask()
-        self._witness: Witness | None = None
-        self._default_store: Any = None
 
     # -- coming and going ------------------------------------------------------------------------------------------
 
     def meet(self) -> None:
-        """Find the store that all share, where from now on an error of one is known to all. Collective."""
-        if self.size == 1:
-            return
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
-        from torch.distributed.rendezvous import rendezvous
+        """Meet the other processes; from now on an error of one is known to all. Collective.
 
-        if self.size > self._at.local_size:
-            _choose_interface()
-        timeout = timedelta(seconds=self.timeout_seconds)
-        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-
-        def stores() -> tuple[Any, Any]:
-            default, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=timeout))
-            # a client of its own: the default group's may be busy inside a collective when the beat wants to write
-            return default, TCPStore(host, int(port), is_master=False, timeout=timeout)
-
-        try:
-            self._default_store, client = _within(self.timeout_seconds + BEAT_SECONDS, stores)
-        except (RuntimeError, ValueError) as error:
-            if "EADDRINUSE" in str(error):
-                raise ProcessError(
-                    f"port {port} of this host, where the processes are to meet, is in use; give torchrun another "
-                    "--master-port (or set another MASTER_PORT), or --standalone"
-                ) from None
-            raise ProcessError(
-                f"process {self.rank} of {self.size} could not meet the others at {host}:{port} within "
-                f"{self.timeout_seconds:g} s: {_first_line(error)}"
-            ) from None
-        first = self.rank - self._at.local_rank
-        neighbours = range(first, min(first + self._at.local_size, self.size))
-        store = PrefixStore("dtrain", client)
-        self._witness = Witness(store, self.rank, self.size, neighbours, self.timeout_seconds)
-        self._witness.all_at("met", self.timeout_seconds)  # who fails now has somebody to tell
+        Raises ProcessError if they do not come within the time-out, and the error of one that has failed meanwhile.
+        """
+        if self.size > 1:
+            first = self.rank - self._at.local_rank
+            neighbours = range(first, min(first + self._at.local_size, self.size))
+            self._meeting = rendezvous.meet(self.rank, self.size, neighbours, self.timeout_seconds)
+            self._witness = self._meeting.witness
+            self.wait_for_all("met", self.timeout_seconds)  # afterwards one that fails has somebody to tell
 
     def wait_for_all(self, point: str, seconds: float) -> None:
-        """Wait in the store until all have come to `point`, for what may take longer than a collective may.
+        """Wait in the store until all have come to `point`, for work that may take longer than a collective may.
 
         Raises the error of one that has failed, and ProcessError after `seconds` or for one that shows no life.
         """
@@ -146,43 +123,33 @@ class World:
             self._witness.all_at(point, seconds)
 
     def join(self, backend: str) -> None:
-        """Make the default group and the gloo group for agreement, once all have met and none has failed. Collective.
+        """Make the groups for gradients and for agreement, once all have met and none has failed. Collective.
 
         Raises the error of one that has.
         """
-        if self._witness is None:
-            return
-        import torch.distributed as dist
-
-        timeout = timedelta(seconds=self.timeout_seconds)
-        self.wait_for_all("ready", self.timeout_seconds)
-        # NCCL's watchdog ends a process that waits too long: later than gloo, whose error tells who fell silent
-        patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
-        store = self._default_store
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=patience)
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        if self._meeting is not None:
+            self.wait_for_all("ready", self.timeout_seconds)
+            self._control = self._meeting.join(backend)
 
     def leave(self) -> None:
         """Part from the others in good order. Collective: call it on every rank, or on none after an error."""
-        if self._control is None:
+        if self._control is None or self._meeting is None:
             return
         import torch.distributed as dist
 
         self._read_posted()
         dist.barrier(group=self._control)
-        if self._witness is not None:
-            self._witness.beat.stop()
-        dist.destroy_process_group()
+        self._meeting.part()
         self._control = None
 
     # -- agreement -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn SIGTERM, SIGINT and SIGUSR1 into a wish to stop, which `agreed` carries to all.
+        """Turn SIGTERM, SIGINT and SIGUSR1 into a request to stop, which `agreed` carries to all processes.
 
-        A handler only sets a flag: no Python handler runs inside a blocked collective, and none may start one.
-        Outside the main thread (Ray) signals are left alone.
+        A handler only sets a flag, because Python runs no handler while a collective blocks, and a handler must not
+        start one. Outside the main thread, as under Ray, signals are left alone.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -199,13 +166,13 @@ class World:
         self.stop_reason = signal.Signals(number).name
 
     def ignore_signals(self) -> None:
-        """From the agreement to stop on: a late TERM must not turn exit code 75 into 143."""
+        """Ignore further signals once all have agreed to stop: a late TERM would turn exit code 75 into 143."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
     def post(self, clock: Clock) -> None:
-        """Send this process's wishes; they are read by the next `agreed`. One int64 all-reduce of two, asynchronous."""
+        """Send what this process asks for; the next `agreed` reads it. An asynchronous all-reduce of two int64."""
         mine = clock.ask() if self.is_main else Ask()
         mine = Ask(save=mine.save, stop=mine.stop or self.stop_reason is not None)
         if self._control is None:
@@ -219,9 +186,9 @@ class World:
         self._posted = (work, wishes)
 
     def agreed(self, clock: Clock, step: int | None = None) -> Ask:
-        """What was posted a step ago, by all; and post anew. Collective; waits for what is a step old.
+        """Return what all processes posted one step ago, and post anew. Collective; waits only for what is a step old.
 
-        step: how many are done, for the others to know; None leaves it, as in an evaluation.
+        step: how many updates are done, which the heartbeat tells the others; None leaves it, as in an evaluation.
         """
         if self._witness is not None and step is not None:
             self._witness.beat.step = str(step)
@@ -246,7 +213,7 @@ class World:
     # -- sums, files, sameness -------------------------------------------------------------------------------------
 
     def total(self, sums: torch.Tensor) -> list[int]:
-        """The sum of an int64 tensor over all processes, as ints. Collective and a host sync: for log points only."""
+        """The sum of an int64 tensor over all processes, as ints. Collective and a host sync: use it at log points."""
         mine = sums.cpu()
         if self._control is not None:
             import torch.distributed as dist
@@ -255,7 +222,7 @@ class World:
         return [int(value) for value in mine.tolist()]
 
     def least(self, value: int) -> int:
-        """The least of all processes' values. Collective."""
+        """The smallest of all processes' values. Collective."""
         if self._control is None:
             return value
         import torch
@@ -266,7 +233,10 @@ class World:
         return int(box.item())
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective."""
+        """Run `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective.
+
+        The result is pickled and sent over the network, so it should be small.
+        """
         if self._control is None:
             return work()
         import torch.distributed as dist
@@ -284,13 +254,19 @@ class World:
         return result
 
     def main_first(self, work: Callable[[bool], T]) -> T:
-        """`work(True)` on rank 0; where that went well `work(False)` on the others. Its DtrainError is everybody's."""
+        """Run `work(True)` on rank 0, then `work(False)` on the others. Collective.
+
+        If rank 0 raises a DtrainError, every rank raises it and the others do not begin.
+        """
         mine: list[T] = []
         self.from_main(lambda: mine.append(work(True)))
         return mine[0] if mine else work(False)
 
     def same(self, value: str, what: str) -> None:
-        """Raise ProcessError on every rank unless all gave the same `value`. Collective; no cost per rank on rank 0."""
+        """Raise ProcessError on every rank unless all gave the same `value`. Collective; one broadcast, one all-reduce.
+
+        what: names the value in the error.
+        """
         if self._control is None:
             return
         import torch
@@ -315,76 +291,35 @@ class World:
     # -- when something goes wrong ---------------------------------------------------------------------------------
 
     def explained(self, error: Exception) -> Exception:
-        """The error that ends the run, told by one process: `told_elsewhere` is set on the others'.
+        """The error to end this process with, so that one process of the run prints it and all end with its exit code.
 
-        A process that fails by itself is the first to tell. One whose collective failed gives that error of the other
-        again, so that all end with one reason and one exit code; if nobody told any, it waits two beats to see who
-        still moves, and names who fell silent.
+        A process that fails on its own leaves its error in the store. One whose collective failed takes that error
+        over; if there is none, it waits two heartbeats to see which processes still live, and names those that do not.
         """
-        if self._witness is None:  # all of us meet the same error before we meet, unless we do not meet
-            told = not self.is_main and not isinstance(error, ProcessError)
-            setattr(error, "told_elsewhere", told)  # noqa: B010 - read by __main__, which prints
-            return error
-        cause = error
+        if self._witness is None:  # before they meet all processes find the same error, unless they do not meet
+            return _told(error, elsewhere=not self.is_main and not isinstance(error, ProcessError))
         if _is_of_a_collective(error):
-            cause = self._witness.told_by_another() or self._witness.silent()
-        setattr(cause, "told_elsewhere", not self._witness.tell(cause))  # noqa: B010
+            other = self._witness.told_by_another() or self._witness.silent()
+            other.__cause__ = error
+            error = other
+        first = self._witness.tell(error)
         self._witness.let_others_hear()
-        return cause
+        return _told(error, elsewhere=not first)
+
+
+def _told(error: Exception, *, elsewhere: bool) -> Exception:
+    """The error, knowing whether another process prints it; an unexpected one that another prints is one line here."""
+    if isinstance(error, DtrainError):
+        return error.told(elsewhere=elsewhere)
+    if not elsewhere:
+        return error
+    line = DtrainError(f"{type(error).__name__}: {error}", told_elsewhere=True)
+    line.__cause__ = error
+    return line
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """Whether torch.distributed failed: a DistError, or a RuntimeError that names the back end's source."""
+    """Whether an error comes from torch.distributed: a DistError, or a RuntimeError that names the back end."""
     text = str(error).lower()
     known = type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
     return isinstance(error, RuntimeError) and known
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """`work`, done in a thread of its own: torch waits for ever for a server that is no store and never answers.
-
-    Raises RuntimeError if it takes longer than `seconds`; the thread is then left to the end of the process.
-    """
-    results: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put(work())
-        except Exception as error:
-            results.put(error)
-
-    threading.Thread(target=run, name="dtrain-meet", daemon=True).start()
-    try:
-        result = results.get(timeout=seconds)
-    except queue.Empty:
-        raise RuntimeError("who listens there does not answer as torch's store does") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _choose_interface() -> None:
-    """Name the interface of the route to MASTER_ADDR for gloo and nccl, unless the user has.
-
-    By itself gloo binds what the host's own name resolves to, which on Debian is 127.0.1.1: one process is then
-    refused and the other hangs.
-    """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        except (OSError, LookupError, ValueError):  # `meet` tells
-            return
-        address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name[:15].encode())
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR of linux/sockios.h
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    os.environ["GLOO_SOCKET_IFNAME"] = name
-                    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

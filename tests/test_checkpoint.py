@@ -348,10 +348,11 @@ def test_a_manifest_that_is_not_even_an_object_is_refused(tmp_path: Path, text: 
     assert str(checkpoint.verify(path)).startswith("manifest.json")
 
 
-def test_a_sound_checkpoint_of_a_later_format_is_refused_but_never_moved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_sound_checkpoint_of_another_format_is_refused_but_never_moved(tmp_path: Path, other: int) -> None:
     path = save(tmp_path, 1)
-    sign(path, replaced("format", 2))
-    with pytest.raises(StorageError, match="format 2, this dtrain reads format 1"):
+    sign(path, replaced("format", other))
+    with pytest.raises(StorageError, match=f"format {other}, this dtrain reads format 2; use the version"):
         checkpoint.newest(tmp_path)
     assert path.is_dir()
 

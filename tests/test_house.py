@@ -28,6 +28,7 @@ STOREYS = (
     ("dtrain.training",),
     ("dtrain.data", "dtrain.model", "dtrain.run"),
     ("dtrain.runtime", "dtrain.world", "dtrain.plan"),
+    ("dtrain.rendezvous",),
     ("dtrain.witness",),
     ("dtrain.config", "dtrain.ranges"),
     ("dtrain.settings",),
@@ -50,7 +51,7 @@ INSIDE = (
         ("dtrain.run.recorder",),
         ("dtrain.run.tracking",),
         ("dtrain.run.rundir", "dtrain.run.trackers"),
-        ("dtrain.run.checkpoint",),
+        ("dtrain.run.checkpoint", "dtrain.run.rows"),
     ),
     (
         ("dtrain.model.evaluation", "dtrain.model.rehearsal"),
@@ -169,14 +170,14 @@ def test_a_heavy_package_has_one_door(package: str) -> None:
     assert users <= DOORS[package]
 
 
-def test_only_world_speaks_to_other_processes() -> None:
+def test_only_world_and_rendezvous_speak_to_other_processes() -> None:
     users = {
         name
         for name, path in FILES.items()
         for found in imports_of(path)
         if f"{found.module}.{found.name}".startswith("torch.distributed") and not found.module.startswith(LAUNCHERS)
     }
-    assert users <= {"dtrain.world"}
+    assert users <= {"dtrain.world", "dtrain.rendezvous"}
 
 
 def test_the_zoo_needs_torch_alone() -> None:

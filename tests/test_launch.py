@@ -141,6 +141,47 @@ def test_nproc_tells_an_error_once_and_ends_with_its_code(tmp_path: Path) -> Non
     assert done.stderr.count("--batch-size 33 does not divide over 2 processes; try 32 or 34") == 1
 
 
+def torchrun(folder: Path, *flags: str) -> str:
+    """All that torchrun prints, on both streams, about a run on two processes that ends with an error."""
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "dtrain", *SHORT_RUN, *flags]
+    done = subprocess.run(
+        command,
+        env=environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    assert done.returncode == 1  # torchrun's own: it turns every code into 1
+    return done.stdout
+
+
+WRONG_OPTION = "error: architecture allcnn_c has no option 'nonsense'; choose from: dropout, norm"
+
+
+@pytest.mark.dist
+def test_under_torchrun_an_explained_error_is_one_line_and_debug_adds_the_stack(tmp_path: Path) -> None:
+    output = torchrun(tmp_path, "--arch-opt", "nonsense=1")
+    own, _, workers = output.partition("ChildFailedError")
+    assert own.count(WRONG_OPTION) == 1
+    # "traceback" is torchrun's word for what a worker has left; it lists those that ended before it ended the others
+    assert {line for line in workers.splitlines() if "traceback" in line} == {f"  traceback : {WRONG_OPTION}"}
+    assert "exitcode  : 2 " in workers
+    sources = str(REPOSITORY / "dtrain")
+    assert "Traceback" not in workers
+    assert sources not in output
+    # the one stack is torchrun's own, which it prints of itself whatever a worker says
+    assert own.count("Traceback") == 1
+
+    debug = torchrun(tmp_path, "--arch-opt", "nonsense=1", "--debug")
+    own, _, workers = debug.partition("ChildFailedError")
+    assert WRONG_OPTION in own
+    assert "  traceback : Traceback (most recent call last)" in workers
+    assert sources in own
+    assert sources in workers
+
+
 # The smallest build backend: the wheel's metadata are setup.cfg to the letter. So pip is real and needs no network.
 BACKEND = """
 from pathlib import Path

@@ -27,6 +27,7 @@ from warm import Result, Warm, run_dtrain
 from dtrain.config import TrainConfig
 from dtrain.plan import make_plan
 from dtrain.run.console import three_ways
+from dtrain.run.rows import TrainRow
 from dtrain.run.rundir import read_record, read_rows
 
 HERE = Path(__file__).parent
@@ -273,7 +274,7 @@ def test_the_launcher_says_how_a_process_ended_that_left_no_line() -> None:
     assert told(-9).startswith(
         "process 1 ended with SIGKILL; if nobody killed it, memory ran out: try a smaller --batch"
     )
-    assert told(-11).startswith("process 1 ended with SIGSEGV; what it said stands above; run the same command again")
+    assert told(-11).startswith("process 1 ended with SIGSEGV; its own output stands above; run the same command again")
     assert told(3).startswith("process 1 ended with exit code 3; ")
 
 
@@ -298,8 +299,8 @@ def test_a_port_in_use_is_named_and_nobody_waits_longer_than_the_limit(run: Run,
         "--master-port (or set another MASTER_PORT), or --standalone\n"
     )
     assert results[1].err == (
-        f"error: process 1 of 2 could not meet the others at 127.0.0.1:{port} within 1 s: who listens there does not "
-        "answer as torch's store does\n"
+        f"error: process 1 of 2 could not meet the others at 127.0.0.1:{port} within 1 s: whatever listens there does "
+        "not answer as torch's store does\n"
     )
 
 
@@ -408,7 +409,7 @@ def test_rows_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(r
     (result,) = job.wait(20)
     assert result.code == 75, result.err
     assert "No space left on device" in result.err
-    rows = [row["step"] for row in read_rows(run.path) if row["kind"] == "train"]
+    rows = [row.step for row in read_rows(run.path) if isinstance(row, TrainRow)]
     assert rows == list(range(2, rows[-1] + 1, 2))
     assert len(rows) >= 15
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import Warm, free_port
+from warm import Warm
 
 STEPS = 6
 STOPS = range(1, STEPS)
@@ -30,7 +29,6 @@ def runs(
     fused: bool,
     more: dict[str, Any],
     todo: Sequence[tuple[str, int | None]],
-    ports: Sequence[int],
 ) -> dict[str, dict[str, str]]:
     """One rank of some short runs, one after the other: (name of the directory, step to stop after).
 
@@ -44,8 +42,7 @@ def runs(
     from dtrain.world import place
 
     ended = {}
-    for (name, stop_after), port in zip(todo, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # each run has a store of its own
+    for name, stop_after in todo:
         settings: dict[str, Any] = dict(
             arch=f"{Path(__file__).with_name('small_network.py')}:small",
             dataset="digits",
@@ -92,7 +89,7 @@ class Runs:
         self._about = {"folder": folder, "cache": cache, "optimizer": optimizer, "fused": fused, "more": more or {}}
 
     def go(self, world: int, todo: Sequence[tuple[str, int | None]]) -> dict[str, dict[str, str]]:
-        kwargs = {**self._about, "todo": list(todo), "ports": [free_port() for _ in todo]}
+        kwargs = {**self._about, "todo": list(todo)}
         ended: dict[str, dict[str, str]] = self._ranks.call("test_resume:runs", world, kwargs)[0]
         return ended
 
@@ -133,7 +130,8 @@ def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Pat
 
 @pytest.mark.dist
 def test_another_number_of_processes_goes_on_with_the_same_samples(ranks: Warm, tmp_path: Path, cache: Path) -> None:
-    from dtrain.run.rundir import comparable, read_rows
+    from dtrain.run.rows import comparable
+    from dtrain.run.rundir import read_rows
 
     some = Runs(ranks, tmp_path, cache, "sgd", False)
     some.go(2, [("straight", None), ("moved", 3)])

@@ -241,6 +241,72 @@ def test_resume_from_a_named_checkpoint_goes_back_to_it_and_keeps_what_it_undoes
     assert "step-00000004" in run.checkpoints()
 
 
+def test_resume_from_a_checkpoint_set_aside_says_what_to_rename(run: Run) -> None:
+    run.go("--steps", 4, "--checkpoint-every", "2steps")
+    folder = run.path / "checkpoints"
+    (folder / "step-00000004").rename(folder / "step-00000004.undone")
+    before = run.checkpoints()
+    (result,) = run.go("--steps", 4, "--resume", folder / "step-00000004.undone")
+    assert result.code == 2
+    assert result.err.endswith("to go on from it, rename it to step-00000004 and resume from that\n")
+    assert run.checkpoints() == before
+    shutil.copytree(folder / "step-00000002", folder / "step-00000004")
+    (result,) = run.go("--steps", 4, "--resume", folder / "step-00000004.undone")
+    assert "to go on from it, move step-00000004 away, then rename it to step-00000004 and" in result.err
+
+
+def test_a_resume_with_another_output_is_refused_and_with_its_own_goes_on(ranks: Warm, run: Run) -> None:
+    run.go("--steps", 2)
+    elsewhere = run.path.with_name("elsewhere")
+    (result,) = ranks(["--resume", run.path, "--output", elsewhere], world=1)
+    assert result.code == 2
+    assert result.err == (
+        f"error: --resume {run.path} --output {elsewhere}: a run goes on in its own directory; leave --output out, or "
+        "begin a new run there without --resume\n"
+    )
+    assert not elsewhere.exists()
+    assert ranks(["--resume", run.path, "--output", f"{run.path}/../run"], world=1)[0].code == 0
+    run.path.rename(elsewhere)  # its config.toml names the directory where it began
+    assert ranks(["--resume", elsewhere], world=1)[0].code == 0
+
+
+@pytest.mark.parametrize("part", ["run", "learner"])
+def test_a_count_of_a_newer_version_in_a_checkpoint_is_told_with_6(run: Run, part: str) -> None:
+    from dtrain.run import checkpoint
+
+    run.go("--steps", 2)
+    folder = run.path / "checkpoints"
+    saved = checkpoint.load(folder / "step-00000002")
+    newer = {**saved.state, part: {**saved.state[part], "mood": "good"}}
+    shutil.rmtree(folder / "step-00000002")
+    checkpoint.save(folder, 2, saved.parts, newer, saved.about)
+    (result,) = run.go("--steps", 2)
+    assert (result.code, result.err) == (
+        6,
+        "error: state.json holds 'mood', which this version of dtrain does not know; use the version that wrote it\n",
+    )
+
+
+def test_a_record_or_a_setting_of_a_newer_version_is_told_with_6_or_2(run: Run) -> None:
+    run.go("--steps", 2)
+    config = run.path / "config.toml"
+    old = config.read_text()
+    config.write_text(old + 'mood = "good"\n')
+    (result,) = run.go("--steps", 2)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {config}: mood is not a setting; ")
+    assert result.err.endswith("; use the version of dtrain that wrote it\n")
+    assert result.err.count("\n") == 1
+    config.write_text(old)
+    record = run.path / "run.json"
+    record.write_text(json.dumps({**run.record, "mood": "good"}))
+    (result,) = run.go("--steps", 2)
+    assert (result.code, result.err) == (
+        6,
+        f"error: {record} holds 'mood', which this version of dtrain does not know; use the version that wrote it\n",
+    )
+
+
 def test_a_second_run_in_one_directory_is_refused_while_the_first_lives(run: Run) -> None:
     flags = ("--epochs", 1000, "--log-interval", 5)
     job = run.start(*flags)
@@ -415,4 +481,4 @@ def by_api(output: Path, cache: Path) -> dict[str, Any]:
     with torch.no_grad():
         logits = network(torch.from_numpy(normal.astype(np.float32)).permute(0, 3, 1, 2))
     hits = int((logits.argmax(1).numpy() == data.evaluation.labels).sum())
-    return {"status": summary.status, "hits": summary.evaluations["raw"]["hits"], "hits_by_hand": hits}
+    return {"status": summary.status, "hits": summary.evaluations["raw"].hits, "hits_by_hand": hits}

@@ -11,6 +11,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from dtrain.run.rows import TrainRow
 from dtrain.run.rundir import read_rows
 from dtrain_bench.processes import output_of
 from dtrain_bench.ratios import ratios, show
@@ -30,9 +31,9 @@ def trainer_rate(steps: int, processes: int) -> float:
         flags += f" --steps {WARMUP + steps} --threads 1 --device cpu --nproc {processes} --output {output}"
         flags += f" --log-interval {WARMUP} --eval-every end --checkpoint-every end"
         output_of([sys.executable, "-m", "dtrain", "train", *flags.split()])
-        rows = [row for row in read_rows(output) if row["kind"] == "train"]
-        images = (rows[-1]["samples"] - rows[0]["samples"]) / processes
-        return float(images / (rows[-1]["clock"]["cpu_seconds"] - rows[0]["clock"]["cpu_seconds"]))
+        rows = [row for row in read_rows(output) if isinstance(row, TrainRow)]
+        images = (rows[-1].samples - rows[0].samples) / processes
+        return images / (rows[-1].clock.cpu_seconds - rows[0].clock.cpu_seconds)
 
 
 def bare_rate(steps: int, processes: int) -> float:

@@ -26,6 +26,7 @@ from dtrain.data.beton import Beton
 from dtrain.data.sources import locate
 from dtrain.errors import DataError, UsageError, nearest
 from dtrain.run.console import Console
+from dtrain.run.rows import TrainRow
 from dtrain.run.rundir import read_rows
 from dtrain.runtime import decide
 from dtrain.settings.data import Data as DataSettings
@@ -132,13 +133,13 @@ def _of_dtrain(
     command = [sys.executable, "-m", "dtrain", "train", *NETWORKS[network], *flags.split()]
     command += ["--data-dir", str(data.data_dir.absolute()), "--output", str(folder / "run")]
     output_of(command, folder=folder, environment=environment)
-    first, *rows = [row for row in read_rows(folder / "run") if row["kind"] == "train"]
-    images = rows[-1]["samples"] - first["samples"]
-    began, ended = first["clock"], rows[-1]["clock"]
+    first, *rows = [row for row in read_rows(folder / "run") if isinstance(row, TrainRow)]
+    images = rows[-1].samples - first.samples
+    began, ended = first.clock, rows[-1].clock
     return {
-        "images_per_second": images / (ended["time"] - began["time"]),
-        "images_per_cpu_second": images / (ended["cpu_seconds"] - began["cpu_seconds"]),
-        "loss": sum(row["loss"] * row["images_in_interval"] for row in rows) / images,
+        "images_per_second": images / (ended.time - began.time),
+        "images_per_cpu_second": images / (ended.cpu_seconds - began.cpu_seconds),
+        "loss": sum(row.loss * row.images_in_interval for row in rows) / images,
     }
 
 

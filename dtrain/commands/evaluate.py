@@ -20,6 +20,7 @@ from dtrain.model.step import eval_step
 from dtrain.run import checkpoint
 from dtrain.run.console import Console, counted
 from dtrain.run.recorder import refuse_other_data
+from dtrain.run.rows import EvalRow
 from dtrain.run.rundir import read_record, read_rows
 from dtrain.world import Place, World
 
@@ -39,8 +40,8 @@ def load_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
 
 
 def _best_step(run: Path) -> int | None:
-    evaluations = [row for row in read_rows(run) if row["kind"] == "eval"]
-    return max(evaluations, key=lambda row: int(row["hits"]))["step"] if evaluations else None
+    evaluations = [row for row in read_rows(run) if isinstance(row, EvalRow)]
+    return max(evaluations, key=lambda row: row.hits).step if evaluations else None
 
 
 def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""`dtrain train --nproc N`: torch's own launcher inside, with the exit code kept, which torchrun turns into 1."""
+"""`dtrain train --nproc N`: starts the processes by torch's own launcher and keeps the exit code of the run.
+
+torchrun itself turns every exit code into 1.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.errors import ProcessError, UsageError
+from dtrain.errors import ExitCode, ProcessError, UsageError
 from dtrain.world import place
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-CODE_FILE = "DTRAIN_EXIT_CODE_FILE"  # where the process that tells an error leaves its exit code
+CODE_FILE = "DTRAIN_EXIT_CODE_FILE"  # names the file where the process that prints an error leaves its exit code
 
 
 def without_nproc(arguments: Sequence[str]) -> list[str]:
-    """The command line for one process: the same without --nproc N."""
+    """The command line of each process: the one given, without --nproc N."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
@@ -35,9 +38,9 @@ def without_nproc(arguments: Sequence[str]) -> list[str]:
 
 
 def _ended(error: ChildFailedError) -> str:
-    """Which process ended first, and how: it left no line of its own."""
+    """The line about the process that ended first, for a run in which no process left a line of its own."""
     rank, failure = error.get_first_failure()
-    how, why = f"exit code {failure.exitcode}", "what it said stands above"
+    how, why = f"exit code {failure.exitcode}", "its own output stands above"
     if failure.exitcode < 0:
         how = signal.Signals(-failure.exitcode).name
     if failure.exitcode == -signal.SIGKILL:
@@ -48,7 +51,8 @@ def _ended(error: ChildFailedError) -> str:
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m dtrain ARGUMENTS` in `nproc` processes of this machine; returns the exit code of the run.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which save and leave together.
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which then save and end together.
+    Raises UsageError under torchrun, and ProcessError if a process ended without leaving an error line.
     """
     if (size := place().size) > 1:
         raise UsageError(f"--nproc {nproc}: torchrun has already started {size} processes; leave it out")
@@ -77,7 +81,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
                 return int(file.read_text(encoding="ascii"))
             if isinstance(error, ChildFailedError):
                 raise ProcessError(_ended(error)) from None
-            return 130
+            return ExitCode.STOPPED_UNSAVED
         finally:
             del os.environ[CODE_FILE]
-    return 0
+    return ExitCode.DONE

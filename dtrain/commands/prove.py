@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import ProofError, Stopped, UsageError
+from dtrain.errors import ExitCode, ProofError, UsageError
 from dtrain.files import canonical_json
 from dtrain.run import checkpoint
-from dtrain.run.rundir import comparable, read_record, read_rows
+from dtrain.run.rows import comparable
+from dtrain.run.rundir import read_record, read_rows
 
 POLL_SECONDS = 0.02
 PARTS = ("network", "optimizer", "ema")
@@ -108,7 +109,7 @@ def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
         for number, step in enumerate(steps):
             how = signal.SIGKILL if number % 2 else signal.SIGTERM
             code = _interrupt_at(flags, broken, step, how)
-            if code not in (0, Stopped.exit_code, -signal.SIGKILL):
+            if code not in (ExitCode.DONE, ExitCode.STOPPED, -signal.SIGKILL):
                 raise ProofError(f"asked to stop by {how.name} at step {step}, the run ended with {code}")
             if code:  # else it was at its end before the signal came
                 history.append({"asked_at_step": step, "by": how.name, "exit_code": code})
@@ -207,7 +208,7 @@ def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -
         output / checkpoint.FOLDER,
         saved.step,
         saved.parts,
-        {**saved.state, "eval_due": True, "best": None},
+        {**saved.state, "run": {**saved.state["run"], "eval_due": True, "best": None}},
         saved.about,
     )
     _run([*flags, "--nproc", str(world)], output)

@@ -33,8 +33,9 @@ from dtrain.plan import Plan, make_plan
 from dtrain.run import checkpoint
 from dtrain.run.console import Console
 from dtrain.run.recorder import refuse_other_data
+from dtrain.run.rows import EventRow
 from dtrain.run.rundir import read_record, read_rows
-from dtrain.run.state import TrainState
+from dtrain.run.state import TrainState, read_state
 from dtrain.world import Place, World
 
 Pixels = npt.NDArray[np.uint8]
@@ -104,13 +105,13 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     classes, size = len(dataset.train.class_names), dataset.image_size
     module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=size)
     learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
-    counts = dict(saved.state)
+    state, counts = read_state(saved.state)
     learner.restore(saved.parts, counts)
     options = StepOptions.of(config, plan)
     whole = replace(plan, world_size=1, share=plan.batch_size)
     network = learner.network
     with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
-        replayer = Replayer(config, plan, dataset, learner, TrainState(**counts), loader, options)
+        replayer = Replayer(config, plan, dataset, learner, state, loader, options)
         while replayer.state.step < step - 1:
             _, buffers = replayer.gradient(loader.batch(replayer.state.step))
             replayer.apply(buffers)
@@ -133,8 +134,8 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
 
 def _processes_at(run: Path, step: int) -> int | None:
     """On how many processes a step was made: what the last start before it said; None where no row is left."""
-    events = [row for row in read_rows(run) if row["kind"] == "event" and row["step"] < step and "processes" in row]
-    return int(events[-1]["processes"]) if events else None
+    told = [row.processes for row in read_rows(run) if isinstance(row, EventRow) and row.step < step and row.processes]
+    return told[-1] if told else None
 
 
 def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:

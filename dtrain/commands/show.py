@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dtrain.plugins import Kind, listed, recipes
+from dtrain.run.console import aligned
 from dtrain.settings import SETTINGS, TrainConfig
 
 
@@ -41,10 +42,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool)
         print(f"no {title}")
         return
     names = list(rows[0])
-    cells = [names] + [["" if row[n] is None else str(row[n]) for n in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(*aligned([names, *(["" if row[name] is None else row[name] for name in names] for row in rows)]), sep="\n")
 
 
 def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
@@ -52,6 +50,4 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    print(*aligned(list(facts.items())), sep="\n")

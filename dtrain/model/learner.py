@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
+from dtrain.files import refuse_unknown_keys
 from dtrain.model.network import Network, average_of
 from dtrain.model.optimization import Packed, build_optimizer, pack, unpack
 
@@ -38,13 +39,14 @@ class Learner:
             "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
         }
 
-    def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: dict[str, Any]) -> None:
-        """Go back to a checkpoint; takes its own from `counts`.
+    def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, Any]) -> None:
+        """Go back to a checkpoint's `parts` and to what `counts` returned then.
 
-        Raises UsageError where it is another network's, StorageError where it is another optimizer's.
+        Raises UsageError where they are another network's, StorageError where they are another optimizer's or hold a
+        count that this version of dtrain does not know.
         """
-        packed = Packed(dict(parts.get("optimizer", {})), counts.pop("optimizer"))
-        scaler, ema_updates = counts.pop("scaler"), counts.pop("ema_updates")
+        refuse_unknown_keys("state.json", counts, self.counts())
+        packed = Packed(dict(parts.get("optimizer", {})), counts["optimizer"])
         try:
             self.network.load(parts["network"])
         except RuntimeError as error:  # torch's: names or shapes differ
@@ -53,10 +55,10 @@ class Learner:
                 f"({' '.join(str(error).split())[:200]}); bring it back, or give another --output"
             ) from error
         unpack(self.optimizer, self.network.module, packed)
-        self.scaler.load_state_dict(scaler)
+        self.scaler.load_state_dict(counts["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(dict(parts["ema"]))
-            self.ema.n_averaged.fill_(ema_updates)
+            self.ema.n_averaged.fill_(counts["ema_updates"])
 
 
 def learner_of(network: Network, config: TrainConfig) -> Learner:

@@ -1,13 +1,13 @@
-"""Checkpoints: folders of tensors and JSON that appear whole, are proven sound before they are used, and run no code.
+"""Checkpoints: folders of tensors and JSON that appear whole, are verified before each use, and never run code.
 
     checkpoints/step-00001200/
-      network.safetensors, optimizer.safetensors, ...   one a part: {name: tensor}, contiguous
-      state.json                                        what the run counts
+      network.safetensors, optimizer.safetensors, ...   one file for each part: {name: tensor}, contiguous
+      state.json                                        what the run and its learner count: {"run": ..., "learner": ...}
       manifest.json                                     size and SHA-256 of each file, and of itself without that line
 
-A checkpoint is sound if `load` accepts it, and there is no other test. The bytes that are hashed are the bytes that
-are parsed: they are read once, and safetensors sees them only after size and SHA-256 agree. Only the process that owns
-the run directory writes here; the others of its run are sent what it has loaded.
+A checkpoint is sound if and only if `load` accepts it. Its bytes are read once, and parsed only after their size and
+SHA-256 agree with the manifest, so that what is parsed is what was hashed. Only the process that owns the run directory
+writes here; it sends the other processes what it has loaded.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dtrain.files import JSON, PARTIAL, canonical_json, remove_partials, set_asi
 
 Tensors = Mapping[str, Tensor]
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"  # of a run directory
-NETWORK = "network"  # the one part whose values must be finite
+NETWORK = "network"  # the only part whose values must be finite
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
 MANIFEST_LIMIT = 16 << 20  # bytes; a class name for each of 100,000 classes fits
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -58,7 +58,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest sound checkpoint, None where there is none; the newer ones that are not, and why."""
+    """The newest sound checkpoint, or None; and the damaged ones that are newer, each with its reason."""
 
     checkpoint: Checkpoint | None
     damaged: list[tuple[Path, str]]
@@ -115,7 +115,7 @@ def _write(
         files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     for part in sorted(parts):
-        # in memory first: safetensors' own writer reports a full disk as its own error, without an errno
+        # serialised in memory, since safetensors' own writer reports a full disk as an error without an errno
         write(part + TENSORS, safetensors.torch.save(_contiguous(parts[part])))
     write(STATE, _json(state))
     manifest = {"format": FORMAT, "step": step, "files": files, "about": about}
@@ -123,7 +123,7 @@ def _write(
 
 
 def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
-    """Copies on the host: safetensors takes neither channels-last tensors nor two names for one memory."""
+    """Contiguous copies on the host: safetensors takes neither channels-last tensors nor two names for one memory."""
     return {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name in sorted(tensors)
@@ -164,7 +164,7 @@ def read(path: Path) -> dict[str, bytes]:
         return files | {name: _bytes_of(path / name) for name in listed_files}
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):  # gone or unreadable for good, unlike EACCES
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):  # gone or unreadable for good, which EACCES is not
             raise DamagedError(reason) from error
         raise StorageError(f"cannot read checkpoint {reason}") from error
 
@@ -261,7 +261,7 @@ def _parse(name: str, content: bytes) -> dict[str, Tensor]:
 
 
 def listed(checkpoints: Path) -> list[int]:
-    """The steps, ascending, of the folders that are called like a checkpoint; their content is not looked at."""
+    """The steps, ascending, of the folders that are named like a checkpoint; their content is not read."""
     if not checkpoints.is_dir():
         return []
     matches = (_FOLDER.fullmatch(entry.name) for entry in checkpoints.iterdir())
@@ -269,7 +269,7 @@ def listed(checkpoints: Path) -> list[int]:
 
 
 def find(checkpoints: Path) -> Found:
-    """The newest sound checkpoint; nothing is changed. Raises StorageError if one is sound but cannot be used."""
+    """Find the newest sound checkpoint and change nothing. Raises StorageError for one that is sound but unusable."""
     damaged = []
     for step in reversed(listed(checkpoints)):
         path = checkpoints / name_of(step)
@@ -285,9 +285,9 @@ def find(checkpoints: Path) -> Found:
 
 
 def newest(checkpoints: Path) -> Found:
-    """`find` for the owner of the run: damaged ones are set aside as `<name>.damaged`, unfinished ones removed.
+    """`find`, for the owner of the run: it also renames damaged ones to `<name>.damaged` and removes unfinished ones.
 
-    `damaged` tells the folders under their new names. Raises StorageError.
+    The result names the damaged ones by their new names. Raises StorageError.
     """
     found = find(checkpoints)
     try:
@@ -299,7 +299,7 @@ def newest(checkpoints: Path) -> Found:
 
 
 def undo_after(path: Path) -> list[Path]:
-    """Set aside, as `<name>.undone`, the checkpoints that are newer than the one at `path`; returns their new paths.
+    """Rename the checkpoints that are newer than the one at `path` to `<name>.undone`; returns their new paths.
 
     Raises StorageError if `path` is not sound, or the disk refuses; then nothing has changed.
     """
@@ -315,15 +315,15 @@ def undo_after(path: Path) -> list[Path]:
 
 
 def stale(steps: Sequence[int], *, keep: int, best: int | None) -> list[int]:
-    """Which of `steps` may go, ascending: all but the newest, the best, and the `keep` newest beside these two."""
+    """The steps whose checkpoints may be removed: all but the newest, the best, and the `keep` newest beside these."""
     others = sorted(set(steps) - {max(steps, default=0), best})
     return others[: max(0, len(others) - keep)]
 
 
 def prune(checkpoints: Path, *, keep: int, best: int | None) -> list[int]:
-    """Remove the checkpoints that `stale` names; call it after a save. Returns their steps. Raises StorageError.
+    """Remove the checkpoints that `stale` names; returns their steps. Call it after a save. Raises StorageError.
 
-    Each loses its name before its files, so that none is ever seen half removed.
+    Each is renamed before its files are removed, so that none is ever seen incomplete under its own name.
     """
     gone = stale(listed(checkpoints), keep=keep, best=best)
     try:

@@ -1,19 +1,21 @@
-"""What people see: one bar on a terminal, plain lines elsewhere, a table at the end. Rank 0 only."""
+"""What a run prints: a progress bar on a terminal, plain lines, and a table at the end. Rank 0 alone prints."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtrain.run.rows import EvalRow, TrainRow
+
 T = TypeVar("T")
-CELL = 30  # characters of a table's cell: three of them and a name fit on a line
+CELL = 30  # most characters of a cell in `three_ways`, so that three of them and a name fit on a line
 
 
 class Console:
-    """Prints if `enabled`, else is silent: the other ranks have one too and need not ask who they are."""
+    """Prints where it is `enabled`. The other ranks have one that is not, so that no caller has to ask for its rank."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -22,21 +24,21 @@ class Console:
         self._drawn = enabled and sys.stdout.isatty()
 
     def line(self, text: str) -> None:
-        """One line, above the bar where there is one."""
-        with suppress(OSError):  # a full disk or a reader that is gone: what is shown is no part of the run
+        """Print one line on standard output, above the progress bar where there is one."""
+        with suppress(OSError):  # a full disk or a closed pipe must not end the run
             if self._bar is not None:
                 self._bar.console.print(text, markup=False, highlight=False)
             elif self.enabled:
                 print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """One line of warning, on stderr."""
+        """Print one line of warning on standard error."""
         if self.enabled:
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def start(self, total_steps: int, step: int) -> None:
-        """Draw the bar of a run, on a terminal."""
+        """Draw the progress bar of a run if this is a terminal."""
         if self._drawn:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,33 +49,33 @@ class Console:
             self._bar.start()
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError):
                 bar.stop()
 
-    def train(self, row: Mapping[str, Any], total_epochs: float, total_steps: int) -> None:
-        """A train row: progress, loss, accuracy, rate, speed, wait, time left."""
+    def train(self, row: TrainRow, total_epochs: float, total_steps: int) -> None:
+        """Print a train row: progress, loss, accuracy, learning rate, speed, share of time spent waiting, time left."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"])
-        clock = row["clock"]
+            self._bar.update(self._task, completed=row.step)
+        clock = row.clock
         self.line(
-            f"epoch {row['epoch']:.2f}/{total_epochs:.4g}  step {row['step']}/{total_steps}  loss {row['loss']:.4f}  "
-            f"acc {100 * row['top1_fraction']:.2f} %  lr {row['lr']:.3g}  {clock['images_per_second']:.0f} images/s  "
-            f"wait {100 * clock['data_wait_fraction']:.1f} %  left {span(clock['left_seconds'])}"
+            f"epoch {row.epoch:.2f}/{total_epochs:.4g}  step {row.step}/{total_steps}  loss {row.loss:.4f}  "
+            f"acc {100 * row.top1_fraction:.2f} %  lr {row.lr:.3g}  {clock.images_per_second:.0f} images/s  "
+            f"wait {100 * clock.data_wait_fraction:.1f} %  left {span(clock.left_seconds)}"
         )
 
-    def evaluation(self, row: Mapping[str, Any]) -> None:
-        """An eval row: counts and percent."""
-        weights = "" if row["weights"] == "raw" else f" ({row['weights']} weights)"
+    def evaluation(self, row: EvalRow) -> None:
+        """Print an eval row: counts and percent."""
+        weights = "" if row.weights == "raw" else f" ({row.weights} weights)"
         self.line(
-            f"{row['split']} at step {row['step']}{weights}: {counted(row['hits'], row['images'])}, "
-            f"top-5 {counted(row['hits5'], row['images'])}, loss {row['loss']:.4f}"
+            f"{row.split} at step {row.step}{weights}: {counted(row.hits, row.images)}, "
+            f"top-5 {counted(row.hits5, row.images)}, loss {row.loss:.4f}"
         )
 
     def converting(self, progress: Generator[Any, None, T]) -> T:
-        """Run a conversion to its end and return its result; a bar on a terminal, a line a split elsewhere."""
+        """Run a conversion to its end and return its result. Shows a bar on a terminal, else a line a split."""
         bar, tasks = None, {}
         try:
             while True:
@@ -100,21 +102,23 @@ class Console:
                     bar.stop()
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Two columns under a title."""
-        width = max((len(name) for name, _ in rows), default=0)
-        self.line(f"\n{title}")
-        for name, value in rows:
-            self.line(f"  {name:<{width}}  {value}")
+        """Print two columns under a title."""
+        for line in (f"\n{title}", *(f"  {line}" for line in aligned(rows))):
+            self.line(line)
+
+
+def aligned(rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table: rows of equal length in columns, two spaces apart, without rules and colours."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
 def three_ways(rows: Iterable[tuple[str, Any, Any, Any]]) -> str:
-    """What a resume would change, as a table: a name, what it was, what is asked, what is used. None is shown as -."""
-    texts = [[name, *("-" if v is None else str(v) for v in values)] for name, *values in rows]
-    cells = [["setting", "was", "asked", "used"], *texts]
-    cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cut)
-    return "\n".join(line.rstrip() for line in lines)
+    """A table of what a resume would change: a setting, its old value, the one asked for, the one used; - for None."""
+    texts = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in texts]
+    return "\n".join(aligned([("setting", "was", "asked", "used"), *cut]))
 
 
 def counted(hits: int, images: int) -> str:
@@ -123,12 +127,12 @@ def counted(hits: int, images: int) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as one would type it here: relative where it lies below the working directory."""
+    """A path as a user would type it: relative if it lies below the working directory."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def span(seconds: float) -> str:
-    """Seconds for people: 45 s, 2 min 10 s, 1 h 05 min."""
+    """A duration in words: 45 s, 2 min 10 s, 1 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,15 +1,12 @@
 """The run directory: everything that a run leaves, one owner at a time.
 
-    runs/allcnn_c-digits-1a2b3c4d/
-      config.toml     the settings; `dtrain train --config config.toml` runs again as is
-      run.json        the record: how far, how it ended, with what it was computed
-      metrics.jsonl   one row a line: train, eval, event
-      checkpoints/    see checkpoint.py
-      trackers/       how far each has followed, and what it said
-      lock            held by the owner as long as it lives
-
-A row is a flat JSON object with `kind`, `step` and figures named with their units; what the clock said stands under
-the one key `clock`, so that two runs can be compared without it.
+runs/allcnn_c-digits-1a2b3c4d/
+  config.toml     the settings; `dtrain train --config config.toml` trains with the same again
+  run.json        the record: how far the run came, how it ended, and what it was computed with
+  metrics.jsonl   one row a line, see rows.py
+  checkpoints/    see checkpoint.py
+  trackers/       for each tracker its log, its files and how far it has come
+  lock            locked by the process that owns the run, as long as it lives
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +27,9 @@ import tomli_w
 
 from dtrain.config import CHECKPOINTS
 from dtrain.errors import StorageError, UsageError
-from dtrain.files import Lock, finite, whole_file, write_json
+from dtrain.files import Lock, refuse_unknown_keys, whole_file, write_json
+from dtrain.run.rows import EvalRow, EventRow, Row, TrainRow, as_line, parsed
 
-Row = Mapping[str, Any]
 Status = Literal["running", "finished", "stopped", "failed"]
 
 CONFIG, RECORD, METRICS, LOCK = "config.toml", "run.json", "metrics.jsonl", "lock"
@@ -43,11 +40,14 @@ DISTRIBUTIONS = ("dtrain", "torch", "numpy", "numba", "safetensors", "ffcv")  # 
 
 @dataclass(frozen=True)
 class Record:
-    """What run.json holds. `resolved`: what `auto` became; `plugins`: kind to what was used."""
+    """What run.json holds.
+
+    resolved: the values that settings given as `auto` took; plugins: for each kind, the plugin that was used.
+    """
 
     status: Status
     step: int = 0
-    exit_code: int | None = None  # of dtrain itself: torchrun turns every failure into 1
+    exit_code: int | None = None  # of dtrain itself, because torchrun turns every failure into 1
     reason: str | None = None
     last_checkpoint: str | None = None  # the folder's name
     command: Sequence[str] = ()
@@ -58,9 +58,9 @@ class Record:
 
 
 class RunDir:
-    """A run directory that this process owns until the end of a `with`, or `close`, or its death. Made by `open_run`.
+    """A run directory that this process owns until the end of a `with`, `close`, or its own end. Made by `open_run`.
 
-    Every method raises StorageError, naming the file and the reason, if the disk refuses.
+    Every method that writes raises StorageError, which names the file and the reason, if the disk refuses.
     """
 
     def __init__(self, path: Path, lock: Lock) -> None:
@@ -80,16 +80,16 @@ class RunDir:
             write_json(self.path / RECORD, dataclasses.asdict(record))
 
     def append(self, row: Row) -> None:
-        """Add a row to metrics.jsonl, a whole line or nothing. It survives a kill at once, a power cut after `sync`."""
-        line = _line(row)
+        """Add a row to metrics.jsonl, whole or not at all. It then survives a kill, and after `sync` a power cut."""
+        line = as_line(row)
         with _told(self.path / METRICS), (self.path / METRICS).open("ab", buffering=0) as file:
             end = file.tell()
             if file.write(line) != len(line):
-                file.truncate(end)  # else the next row would be glued to half of this one
+                file.truncate(end)  # otherwise the next row would follow half of this one on one line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Make the rows so far survive a power cut; due before a checkpoint, which must not know more than they do."""
+        """Make the rows so far survive a power cut. Due before each checkpoint, which must not be ahead of them."""
         with _told(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
 
@@ -97,16 +97,20 @@ class RunDir:
         """Drop the train and eval rows after `step`, which will be computed again, and a torn last line.
 
         evaluated: whether the evaluation of `step` itself stands; where it is still due, its rows are dropped as well.
-        Call it before the first `append` of a run that goes on, also where it goes on at step 0. Events stay: they
-        tell what happened. Whole or not at all.
+        Call it before the first `append` of a run that goes on, also where it goes on at step 0. Events stay, since
+        they tell what happened, and so do rows of a kind that this version does not know. Whole or not at all.
         """
-        last = {"train": step, "eval": step if evaluated else step - 1}
-        kept = [row for row in read_rows(self.path) if row["kind"] == "event" or row["step"] <= last[row["kind"]]]
+        last = {TrainRow: step, EvalRow: step if evaluated else step - 1}
+        kept = [
+            line + b"\n"
+            for line, row in _lines(self.path)
+            if row is None or isinstance(row, EventRow) or row.step <= last[type(row)]
+        ]
         with _told(self.path / METRICS), whole_file(self.path / METRICS) as part:
-            part.write_bytes(b"".join(map(_line, kept)))
+            part.write_bytes(b"".join(kept))
 
     def close(self) -> None:
-        """Let others have the directory."""
+        """Release the directory."""
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -116,13 +120,13 @@ class RunDir:
         self.close()
 
 
-def open_run(output: Path | None, runs: Path, name: str, *, fresh: bool) -> RunDir:
-    """Own the run directory `output`, or `runs/name` where that is None; it is made if it is not there.
+def open_run(base: Path, *, fresh: bool) -> RunDir:
+    """Own the run directory `base`; it is made if it does not exist.
 
-    fresh: take the first directory of `<it>`, `<it>-2`, `<it>-3`, ... that holds nothing.
+    fresh: take the first of `<base>`, `<base>-2`, `<base>-3`, ... that holds nothing.
     Raises UsageError if another process owns it, StorageError if it cannot be written.
     """
-    base = runs / name if output is None else output.absolute()
+    base = base.absolute()
     path, number = base, 1
     with _told(base, ELSEWHERE):
         while True:
@@ -140,7 +144,7 @@ def open_run(output: Path | None, runs: Path, name: str, *, fresh: bool) -> RunD
 
 
 def check_writable(path: Path) -> None:
-    """Raise StorageError if no folder can be made at `path`, as far as that is seen without making it."""
+    """Raise StorageError if no folder can be made at `path`, as far as can be seen without making it."""
     with _told(path, ELSEWHERE):
         there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not there.is_dir():
@@ -157,54 +161,51 @@ def _told(path: Path, advice: str = "free some space, or see who may write there
         raise StorageError(f"cannot write {path}: {error.strerror}; {advice}") from error
 
 
-def _line(row: Row) -> bytes:
-    return json.dumps(finite(row), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
 # -- what anyone may read --------------------------------------------------------------------------------------------
 
 
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run directory's metrics.jsonl; without a torn end, as a power cut leaves it. No file: no rows.
+def read_rows(run: Path) -> list[Row]:
+    """The rows of a run directory's metrics.jsonl; none where there is no file.
 
+    A torn end, as a power cut leaves it, is left out, and so are rows of a kind that this version does not know.
     Raises StorageError for a line in the middle that is not a row.
     """
+    return [row for _, row in _lines(run) if row is not None]
+
+
+def _lines(run: Path) -> list[tuple[bytes, Row | None]]:
+    """Each whole line of metrics.jsonl, without its end, and the row in it."""
     path = run / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is nothing, or torn
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    rows = [parsed(line) for line in lines[:-1]]  # what follows the last line end is nothing, or torn
-    while rows and rows[-1] is None:
-        rows.pop()
-    if None in rows:
-        raise StorageError(f"line {rows.index(None) + 1} of {path} is not a row; mend or remove it")
-    return [row for row in rows if row is not None]
-
-
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """The row in a line of metrics.jsonl; None if it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    sound = isinstance(row, dict) and type(row.get("step")) is int and row.get("kind") in ("train", "eval", "event")
-    return row if sound else None
-
-
-def comparable(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """What two equal runs have in common: train and eval rows without `clock`."""
-    return [{k: v for k, v in row.items() if k != "clock"} for row in rows if row["kind"] in ("train", "eval")]
+    found: list[tuple[bytes, Row | None]] = []
+    damaged = None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parsed(line)
+        except ValueError:
+            damaged = damaged or number
+            continue
+        if damaged is not None:  # it is no torn end, since a row follows
+            raise StorageError(f"line {damaged} of {path} is not a row; mend or remove it")
+        found.append((line, row))
+    return found
 
 
 def read_record(run: Path) -> Record | None:
-    """The record of a run directory; None where there is no run.json. Raises StorageError if it is damaged."""
+    """The record of a run directory; None where there is no run.json.
+
+    Raises StorageError if it is damaged, or if a newer version of dtrain has written it.
+    """
     path = run / RECORD
     try:
-        known = {f.name for f in dataclasses.fields(Record)}  # other versions may write more
-        record = Record(**{name: value for name, value in json.loads(path.read_bytes()).items() if name in known})
+        values = json.loads(path.read_bytes())
+        refuse_unknown_keys(path, values.keys(), (f.name for f in dataclasses.fields(Record)))
+        record = Record(**values)
         if record.status not in get_args(Status) or type(record.step) is not int:
             raise ValueError(record.status)
     except (FileNotFoundError, NotADirectoryError):
@@ -236,7 +237,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the distributions that shape the numbers of a run. Imports none of them."""
+    """The installed versions of the distributions that affect the numbers of a run. Imports none of them."""
     found = {}
     for name in DISTRIBUTIONS:
         try:
@@ -247,11 +248,11 @@ def versions() -> dict[str, str]:
 
 
 def summaries(runs: Path) -> list[dict[str, Any]]:
-    """One row a run directory under `runs`, by name: what `dtrain runs` shows.
+    """What `dtrain runs` shows: a dictionary for each run directory under `runs`, sorted by name.
 
     Keys: run, status, step, reason, and of the last evaluation hits, images, split, weights (None before the first).
-    A run that says "running" while nobody holds its lock has "died"; one that cannot be read is "damaged", and the
-    reason says why.
+    The status is "died" where the record says "running" and no process holds the lock, and "damaged" where the run
+    cannot be read; the reason then says why.
     """
     if not runs.is_dir():
         return []
@@ -259,15 +260,14 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    alive = Lock(run / LOCK).is_held()  # before the record is read: a run that ends in between is then no "died"
+    alive = Lock(run / LOCK).is_held()  # looked at first: a run that ends before its record is read has not died
     summary: dict[str, Any] = {"run": run.name, "status": "damaged", "step": None, "reason": None}
     summary |= dict.fromkeys(EVALUATION)
     try:
         record = read_record(run) or Record("running")
-        evaluations = [row for row in read_rows(run) if row["kind"] == "eval"]
+        evaluations = [row for row in read_rows(run) if isinstance(row, EvalRow)]
     except StorageError as error:
         return {**summary, "reason": str(error)}
     status = "died" if record.status == "running" and not alive else record.status
-    last = evaluations[-1] if evaluations else {}
-    figures = {name: last.get(name) for name in EVALUATION}
+    figures = {name: getattr(evaluations[-1], name) if evaluations else None for name in EVALUATION}
     return {**summary, "status": status, "step": record.step, "reason": record.reason, **figures}

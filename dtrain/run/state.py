@@ -1,49 +1,76 @@
-"""Where a run stands, and where its time goes: what a checkpoint keeps beside tensors."""
+"""Where a run stands and how its time was spent: what a checkpoint keeps of a run beside what learns."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dtrain.config import TrainConfig
+from dtrain.files import refuse_unknown_keys
 from dtrain.plan import Plan
 from dtrain.ranges import parse_seconds
+from dtrain.run.checkpoint import STATE
 from dtrain.world import Ask
 
-KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", for data, is a part of "train"
+KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", which is for data, is a part of "train"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: where it was made and what it counted."""
+
+    step: int
+    split: str
+    weights: str
+    hits: int
+    images: int
 
 
 @dataclass
 class TrainState:
-    """All that a run is beside its tensors: what a checkpoint's state.json holds."""
+    """All that a run is beside what learns: the part `run` of a checkpoint's state.json."""
 
     step: int = 0  # updates done
     samples: int = 0  # images seen by all processes together
-    tally: list[int] | None = None  # sums of the open log interval over all processes; None: it has just begun
-    streak: int = 0  # updates skipped in a row, up to the last (--on-nonfinite skip)
-    best: dict[str, Any] | None = None  # step, split, weights and counts of the best evaluation so far
-    eval_due: bool = False  # an evaluation was left for a stop; the resume does it first
+    tally: list[int] | None = None  # sums of the open log interval over all processes; None where it has just begun
+    streak: int = 0  # updates skipped in a row up to now, under --on-nonfinite skip
+    best: Best | None = None
+    eval_due: bool = False  # a stop came before an evaluation, which the resume makes first
     reached: bool = False  # --stop-at-accuracy was met
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
 
     def advance(self, batch_size: int) -> None:
-        """One update is done."""
+        """Count one update, of `batch_size` images."""
         self.step += 1
         self.samples += batch_size
 
     def add(self, sums: list[int]) -> list[int]:
-        """Add to the open log interval; returns its sums so far."""
+        """Add sums to the open log interval; returns its sums so far."""
         self.tally = sums if self.tally is None else [a + b for a, b in zip(self.tally, sums, strict=True)]
         return self.tally
 
 
-class Stopwatch:
-    """Training seconds, apart from those of evaluations and saves: in all (in `seconds`), and since the last lap.
+def read_state(state: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
+    """The two parts of a checkpoint's state.json: where the run stood, and what the learner counts.
 
-    waited: seconds spent so far in waiting for data.
+    Raises StorageError for a key that this version of dtrain does not know.
+    """
+    refuse_unknown_keys(STATE, state, ("run", "learner"))
+    run = dict(state["run"])
+    refuse_unknown_keys(STATE, run, (f.name for f in fields(TrainState)))
+    if run["best"] is not None:
+        refuse_unknown_keys(STATE, run["best"], (f.name for f in fields(Best)))
+        run["best"] = Best(**run["best"])
+    return TrainState(**run), state["learner"]
+
+
+class Stopwatch:
+    """Measures the seconds of training without those of evaluations and saves, in total and since the last lap.
+
+    seconds: the totals by kind, which it adds to; waited: returns the seconds spent waiting for data so far.
     """
 
     def __init__(self, seconds: dict[str, float], waited: Callable[[], float]) -> None:
@@ -62,7 +89,7 @@ class Stopwatch:
         self._go_on()
 
     def lap(self) -> tuple[float, float]:
-        """Training seconds, and those of them spent in waiting for data, since the last lap; begins a new one."""
+        """The seconds of training since the last lap and those of them spent waiting for data; begins a new lap."""
         self._count()
         train, wait = self._lap
         self._lap = [0.0, 0.0]
@@ -70,7 +97,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def away(self, kind: str) -> Iterator[None]:
-        """The time inside counts as `kind` ("eval", "save") and not as training."""
+        """Count the time inside the `with` as `kind` ("eval", "save") and not as training."""
         self._count()
         started = time.monotonic()
         try:
@@ -81,7 +108,7 @@ class Stopwatch:
 
 
 class RunClock:
-    """Rank 0's wishes that depend on time."""
+    """What rank 0 asks for because of the time: a save (`--checkpoint-every 10min`), a stop (`--max-time`)."""
 
     def __init__(self, config: TrainConfig, plan: Plan) -> None:
         self._save_seconds = plan.save_every.seconds
@@ -90,15 +117,15 @@ class RunClock:
         self.reason = ""
 
     def saved(self) -> None:
-        """A checkpoint has just been written."""
+        """Note that a checkpoint has just been written."""
         self._saved = time.monotonic()
 
     def ask(self) -> Ask:
-        """What is due; asked one step before it is acted on."""
+        """What is due now; all processes act on it one step later."""
         now = time.monotonic()
         save = self._save_seconds is not None and now - self._saved >= self._save_seconds
         if save:
-            self._saved = now  # asked for once: it is acted on a step later, when the next wish has been posted
+            self._saved = now  # ask once: the save is made a step later, when this has been asked again
         stop = self._limit is not None and now - self._started >= self._limit
         if stop:
             self.reason = "--max-time"

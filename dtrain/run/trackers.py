@@ -1,8 +1,8 @@
-"""Where rows can be sent beside metrics.jsonl: wandb, TensorBoard, csv files. A class each, and their table.
+"""Trackers: where rows are sent beside metrics.jsonl, which is wandb, TensorBoard or csv files. One class for each.
 
-A tracker lives in a process of its own (tracking.py): it may be slow, raise, hang or die, and the run does not notice.
-It is given the train and eval rows in order of their `position`, beginning after the last that it holds, so that a
-resume, which computes equal rows again, adds none twice. What it misses is in metrics.jsonl, for `dtrain sync`.
+A tracker runs in a process of its own (tracking.py), so that it may be slow, raise, hang or die without an effect on
+the run. It is given the train and eval rows in the order of their `position`, beginning after the last one it has, so
+that a resume, which computes equal rows again, adds none twice. `dtrain sync` sends later what it has missed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO, TypeAlias
 
-from dtrain.errors import UsageError, nearest
+from dtrain.errors import ExitCode, UsageError, nearest
 from dtrain.files import write_json
+from dtrain.run.rows import EvalRow, TrainRow
 
-Row = Mapping[str, Any]
+Row: TypeAlias = TrainRow | EvalRow  # what a tracker is given
 NOTHING = -1  # the position before every row
 INIT_SECONDS = 10.0  # that wandb waits for its server, once for the key and once for the run, before it works offline
 STATE = "state.json"
@@ -28,10 +29,10 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """What is kept of a tracker between sessions, in its folder's state.json.
+    """What a tracker keeps between sessions, in its folder's state.json.
 
-    held: the position of the last row that is safe there; a session that was killed leaves it as it was.
-    where: for people, how to look at it. error: why it fell short, as the end of a sentence.
+    held: the position of the last row that is certain to have arrived; a session that is killed does not change it.
+    where: tells people how to look at the rows. error: why rows are missing, as the end of a sentence.
     """
 
     id: str | None = None
@@ -41,20 +42,20 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state in `folder`; of a new tracker where there is none, or none that can be read."""
+        """The state in `folder`; that of a new tracker where the file does not exist or cannot be read."""
         try:
             return cls(**json.loads((folder / STATE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return cls()
 
     def write(self, folder: Path) -> None:
-        """Keep it, whole or not at all. OSError of the disk comes out as it is."""
+        """Write it into `folder`, whole or not at all. Raises OSError if the disk refuses."""
         write_json(folder / STATE, vars(self))
 
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run: its name, every setting, and the environment, versions and `auto` values."""
+    """What a tracker is told of a run: its name, all its settings, and the environment, versions and `auto` values."""
 
     name: str
     settings: Mapping[str, Any]
@@ -62,20 +63,21 @@ class About:
 
 
 class Tracker(Protocol):
-    """One session. Built by `cls(folder, about, state, live=...)`; whatever it raises ends this tracker alone.
+    """One session of a tracker, built by `cls(folder, about, state, live=...)`. What it raises ends this tracker alone.
 
-    live: a run goes on beside it, so that without a server it should make do; else the user waits for an answer.
+    live: whether a run goes on beside it. It should then do without a server that does not answer; otherwise a user
+    waits for the result and wants to see the error.
     """
 
-    distribution: ClassVar[str | None]  # the package it needs, which is also the name of dtrain's extra
-    state: State  # where it begins, on disk before it touches anything; it wants no row up to `held`
+    distribution: ClassVar[str | None]  # the package it needs, and the name of the extra of dtrain that installs it
+    state: State  # where the session begins: it is given no row up to `held`. It is on disk before anything is sent
 
     def write(self, row: Row) -> None:
         """Take a train or eval row."""
         ...
 
     def close(self, exit_code: int | None) -> State:
-        """Return when all rows are safe, and how far that is. exit_code: of the run, None if it died."""
+        """Wait until the rows have arrived; return how many have. exit_code: of the run, None if it was killed."""
         ...
 
 
@@ -89,7 +91,7 @@ def find(names: Sequence[str]) -> list[Callable[..., Tracker]]:
             raise UsageError(f"--track {name}: not a tracker; {nearest(name, TRACKERS)}")
         if (package := TRACKERS[name].distribution) is None:
             continue
-        try:  # not by find_spec, to which a folder of this name in the working directory would do
+        try:  # find_spec would accept any folder of this name in the working directory
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise UsageError(
@@ -99,19 +101,19 @@ def find(names: Sequence[str]) -> list[Callable[..., Tracker]]:
 
 
 def position(row: Row) -> int:
-    """Grows from row to row of a run, and is the same for a row computed again: three to a step, train, raw, EMA."""
-    return 3 * int(row["step"]) + (0 if row["kind"] == "train" else 1 if row["weights"] == "raw" else 2)
+    """A number that grows from row to row, equal for a row computed again: three a step, for train, raw and EMA."""
+    return 3 * row.step + (0 if isinstance(row, TrainRow) else 1 if row.weights == "raw" else 2)
 
 
 def figures(row: Row) -> dict[str, float]:
-    """The numbers of a row under the names of a curve: train/loss, test/top1_fraction, val_ema/loss, ...
+    """The numbers of a row by the names of their curves: train/loss, test/top1_fraction, val_ema/loss, ...
 
-    An eval row's counts become fractions. What was not finite, and so is null in a row, is left out.
+    The counts of an eval row become fractions. What is not finite is left out.
     """
-    group, flat = "train", {**row, **row.get("clock", {})}
-    if row["kind"] == "eval":
-        group = row["split"] if row["weights"] == "raw" else f"{row['split']}_{row['weights']}"
-        flat["top1_fraction"], flat["top5_fraction"] = (row[name] / row["images"] for name in ("hits", "hits5"))
+    group, flat = "train", _flat(row)
+    if isinstance(row, EvalRow):
+        group = row.split if row.weights == "raw" else f"{row.split}_{row.weights}"
+        flat |= {"top1_fraction": row.hits / row.images, "top5_fraction": row.hits5 / row.images}
     left_out = ("step", "checksum", "time", "hits", "hits5", "images")
     return {
         f"{group}/{name}": float(value)
@@ -120,12 +122,15 @@ def figures(row: Row) -> dict[str, float]:
     }
 
 
-def _time(row: Row) -> float:
-    return float(row["clock"]["time"])
+def _flat(row: Row) -> dict[str, Any]:
+    """A row's figures and those of its clock in one dictionary; what is not finite is None."""
+    told = row.to_json()
+    clock = told.pop("clock")
+    return {name: value for name, value in {**told, **clock}.items() if name != "kind"}
 
 
 class Csv:
-    """train.csv and eval.csv: the rows as they are, in columns; begun anew by each session."""
+    """Writes train.csv and eval.csv, with a column for each figure; each session writes them anew."""
 
     distribution: ClassVar[str | None] = None
 
@@ -136,12 +141,12 @@ class Csv:
         self._files: dict[str, tuple[TextIO, csv.DictWriter[str]]] = {}
 
     def write(self, row: Row) -> None:
-        flat = {name: value for name, value in {**row, **row["clock"]}.items() if name not in ("kind", "clock")}
-        if row["kind"] not in self._files:
-            begun = (self._folder / f"{row['kind']}.csv").open("w", encoding="utf-8", newline="")
-            self._files[row["kind"]] = (begun, csv.DictWriter(begun, list(flat), extrasaction="ignore"))
-            self._files[row["kind"]][1].writeheader()
-        file, writer = self._files[row["kind"]]
+        flat = _flat(row)
+        if row.kind not in self._files:
+            begun = (self._folder / f"{row.kind}.csv").open("w", encoding="utf-8", newline="")
+            self._files[row.kind] = (begun, csv.DictWriter(begun, list(flat), extrasaction="ignore"))
+            self._files[row.kind][1].writeheader()
+        file, writer = self._files[row.kind]
         writer.writerow(flat)
         file.flush()
         self._held = position(row)
@@ -153,10 +158,10 @@ class Csv:
 
 
 class TensorBoard:
-    """Scalars, and the settings for the HParams page, in an event file a session.
+    """Writes scalars, and the settings for the HParams page, into one event file a session.
 
-    By its own writer and not torch's, which does the same and imports torch. A session begins with a mark that all of
-    its step and later is void, so what an earlier one wrote without living to say so is not seen twice.
+    It uses TensorBoard's own writer, since torch's does the same and imports torch. A session begins with a mark that
+    voids all earlier events of its first step and later ones, so that rows of a session that was killed show once.
     """
 
     distribution: ClassVar[str | None] = "tensorboard"
@@ -166,7 +171,7 @@ class TensorBoard:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        step = max(0, state.held // 3)  # of whose rows some may be missing, so all are written again
+        step = max(0, state.held // 3)  # some rows of this step may be missing, so all of them are written again
         self.state = replace(state, held=3 * step - 1, where=f"tensorboard --logdir {folder}")
         self.state.write(folder)
         self._held = state.held
@@ -181,7 +186,7 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures(row).items()]
-        self._writer.add_event(Event(step=row["step"], wall_time=_time(row), summary=Summary(value=values)))
+        self._writer.add_event(Event(step=row.step, wall_time=row.clock.time, summary=Summary(value=values)))
         self._writer.flush()
         self._held = position(row)
 
@@ -195,11 +200,12 @@ def _scalar(value: Any) -> bool | int | float | str:
 
 
 class Wandb:
-    """A wandb run, the same over resumes: its id is kept. Settings become its config, steps the axis of every curve.
+    """A wandb run, whose id is kept so that a resume continues it.
 
-    wandb's own environment variables win over what is said here. `position` is its internal step, which only grows: a
-    server that already has a row takes it no second time, and says in `starting_step` how far it is. An offline folder
-    holds all rows, so that `wandb sync` of the newest is enough; what is in it counts as not yet sent.
+    The settings become its config, and every curve is over steps. wandb's own environment variables take precedence.
+    The `position` of a row is wandb's internal step, which only grows: a server takes no row twice, and tells in
+    `starting_step` how far it is. An offline folder gets all rows, so that `wandb sync` of the newest folder is enough;
+    its rows count as not sent.
     """
 
     distribution: ClassVar[str | None] = "wandb"
@@ -208,7 +214,7 @@ class Wandb:
         import wandb
 
         id_ = os.environ.get("WANDB_RUN_ID") or state.id or secrets.token_hex(4)
-        replace(state, id=id_).write(folder)  # before a server may know it
+        replace(state, id=id_).write(folder)  # kept before the server learns of it
         asked = {
             "id": ("WANDB_RUN_ID", id_),
             "resume": ("WANDB_RESUME", "allow"),
@@ -220,16 +226,16 @@ class Wandb:
         limit: dict[str, Any] = {}
         if live and not os.environ.get("WANDB_INIT_TIMEOUT"):
             limit["init_timeout"] = INIT_SECONDS
-        # the use of the machine that is shown is that of the trainer; afterwards there is none to show
+        # the machine statistics are those of the trainer, so there are none when it has ended
         settings = wandb.Settings(console="off", x_stats_pid=os.getppid(), x_disable_stats=not live, **limit)
         reason = None
         try:
             self._run = wandb.init(**given, settings=settings)
-        except Exception as error:  # no key, no network, no such project: whatever it is, it is told
+        except Exception as error:  # no key, no network, no such project: whatever it is becomes the reason
             if not live:
                 raise
             reason = f"it works offline: {' '.join(str(error).split()) or type(error).__name__}"
-            wandb.teardown()  # its service, where the id is taken as long as it waits for an answer; a few seconds
+            wandb.teardown()  # ends its service, which holds the id while it waits for an answer; takes a few seconds
             self._run = wandb.init(**given, settings=settings, mode="offline")
         self._sends = not (self._run.offline or self._run.disabled)
         if self._sends:
@@ -245,15 +251,15 @@ class Wandb:
         self._run.config.update({**about.settings, "dtrain": dict(about.facts)}, allow_val_change=True)
 
     def write(self, row: Row) -> None:
-        told = {"step": row["step"], **figures(row), "_timestamp": _time(row)}
+        told = {"step": row.step, **figures(row), "_timestamp": row.clock.time}
         self._run.log(told, step=position(row), commit=True)
         if self._sends:
             self._held = position(row)
 
     def close(self, exit_code: int | None) -> State:
-        if exit_code == 75:  # stopped, to go on: wandb's word for it
+        if exit_code == ExitCode.STOPPED:  # wandb's word for a run that is to go on
             self._run.mark_preempting()
-        self._run.finish(exit_code=1 if exit_code is None else exit_code)
+        self._run.finish(exit_code=ExitCode.DEFECT if exit_code is None else exit_code)
         return replace(self.state, held=self._held)
 
 

@@ -1,12 +1,12 @@
-"""A run is followed by one process for each tracker, which reads metrics.jsonl as it grows and sends on what is new.
+"""How trackers follow a run: one process for each reads metrics.jsonl as it grows and sends on the new rows.
 
     trainer, rank 0                         python -m dtrain.run.tracking RUN wandb follow
       a row into metrics.jsonl
       a byte into the pipe     ------->     wakes, reads the new lines, gives them to the tracker
       at the end at most LIMIT_SECONDS, then it is killed
 
-The file is the queue: nothing is copied or dropped, and what a tracker missed is still there for `dtrain sync`, which
-starts the same process and has it read the file from its beginning.
+The file serves as the queue, so nothing is copied or dropped. `dtrain sync` starts the same process, which then reads
+the file from its beginning, for the rows that a tracker has missed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import read_config
-from dtrain.errors import UsageError
+from dtrain.errors import ExitCode, UsageError
 from dtrain.files import Lock
 from dtrain.run.console import shown
-from dtrain.run.rundir import CONFIG, LOCK, METRICS, Row, parsed, read_record
+from dtrain.run.rows import EventRow, Row, parsed
+from dtrain.run.rundir import CONFIG, LOCK, METRICS, read_record
 from dtrain.run.trackers import NOTHING, About, State, Tracker, find, position
 from dtrain.world import STOP_SIGNALS
 
 FOLDER = "trackers"  # of a run directory; in it a folder for each tracker
-LOG = "log.txt"  # what the tracker and its package say
-LIMIT_SECONDS = 3.0  # that the end of a run waits for all trackers together; with all else below five
-ORPHAN_SECONDS = 60.0  # that a process goes on after a run that did not live to end it
+LOG = "log.txt"  # the output of the tracker and its package
+LIMIT_SECONDS = 3.0  # the longest that the end of a run waits for all trackers together
+ORPHAN_SECONDS = 60.0  # the longest that a tracker lives on after a run that was killed
 ROW, END = b"\n", b"."  # what the trainer writes into the pipe
 
 
@@ -44,9 +45,9 @@ def folder_of(run: Path, name: str) -> Path:
 
 
 class Tracking:
-    """The followers of a run, as the trainer holds them. No method raises, waits (but for `close`) or starts a thread.
+    """The tracker processes of a run, held by the trainer. No method raises or starts a thread; only `close` waits.
 
-    Cost: starting one process a tracker, and a system call a row.
+    Cost: starting one process for each tracker, and a system call for each row.
     """
 
     def __init__(self, run: Path, names: Sequence[str]) -> None:
@@ -64,7 +65,7 @@ class Tracking:
         folder = folder_of(self._run, name)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOG).open("ab") as log:
-            # in a session of its own: Ctrl-C on the terminal is for the trainer
+            # in a session of its own, so that Ctrl-C on the terminal reaches the trainer alone
             follower = subprocess.Popen(
                 _command(self._run, name, "follow"),
                 stdin=subprocess.PIPE,
@@ -78,22 +79,22 @@ class Tracking:
         return follower
 
     def row(self, row: Row) -> None:
-        """A row has been added to metrics.jsonl."""
-        if row["kind"] != "event":
+        """Tell the trackers that a row has been added to metrics.jsonl."""
+        if not isinstance(row, EventRow):
             self._last = max(self._last, position(row))
         self._ring(ROW)
 
     def _ring(self, byte: bytes) -> None:
         for follower in self._followers.values():
-            # full: it has not heard the last 65,536 bells, and one is enough. Broken: it is dead, and `close` tells
+            # a full pipe already holds bytes that will wake the tracker; a broken one is of a dead tracker: see `close`
             with contextlib.suppress(OSError):
                 if follower.stdin is not None:
                     follower.stdin.write(byte)
 
     def close(self) -> list[tuple[str, bool]]:
-        """End the followers, in LIMIT_SECONDS or at once after Ctrl-C.
+        """End the trackers, within LIMIT_SECONDS, or at once after Ctrl-C.
 
-        Returns a line about each, and whether it fell short.
+        Returns a line about each, and whether it lacks rows.
         """
         self._ring(END)
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -129,15 +130,16 @@ def _command(run: Path, name: str, how: str) -> list[str]:
 def _kill(follower: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(follower.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a disk that hangs holds on to it
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a hanging disk does not die
         follower.wait(0.2)
 
 
 def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Send all rows of a run that has ended to trackers, which take those that they lack. The package may talk.
+    """Send all rows of a run that has ended to trackers, which take those that they lack. The packages may print.
 
-    names: empty for those that have followed it. Returns a row for each: tracker, where, error.
-    Raises UsageError for a run that is not there or still running, or without a tracker to send it to.
+    names: of trackers; empty for those that have followed the run.
+    Returns a dictionary for each: tracker, where, error. Raises UsageError for a run that does not exist or still
+    runs, and where there is no tracker to send it to.
     """
     record = read_record(run)
     if record is None:
@@ -165,25 +167,25 @@ def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> State:
-    """Give a tracker the rows it lacks, now and whenever `wait` returns True, and a last time when it returns False.
+    """Give a tracker the rows it lacks, each time that `wait` returns True and a last time when it returns False.
 
-    live: see Tracker. Returns the state it ends with; whatever the tracker raises comes out.
+    live: see Tracker. Returns the state it ends with; what the tracker raises is not caught.
     """
     folder = folder_of(run, name)
     state = replace(State.read(folder), error=None)
     if not live:
-        state = replace(state, held=NOTHING)  # offered all: it knows best what it lacks
+        state = replace(state, held=NOTHING)  # offer all rows, since the tracker itself knows best what it lacks
     tracker: Tracker | None = None
-    more = wait()  # the first bell comes after a resume has cut the file back
+    more = wait()  # the first row is announced after a resume has cut the file back
     lines = _lines(run / METRICS)
     while True:
         while (row := next(lines)) is not None:
-            if row["kind"] == "event" or position(row) <= state.held:
+            if isinstance(row, EventRow) or position(row) <= state.held:
                 continue
             if tracker is None:
                 tracker = find([name])[0](folder, _about(run), state, live=live)
                 state = tracker.state
-                lines = _lines(run / METRICS)  # from the beginning: it may want more than this row
+                lines = _lines(run / METRICS)  # from the beginning, since it may lack earlier rows than this one
             else:
                 tracker.write(row)
         if not more:
@@ -196,9 +198,9 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
     return state
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def _lines(path: Path) -> Iterator[Row | None]:
     """The rows of a growing file, None whenever there is no further whole line. Never ends."""
-    while not path.exists():  # the run failed before it began
+    while not path.exists():  # as long as it does not exist, the run has written no row
         yield None
     with path.open("rb") as file:
         line = b""
@@ -207,8 +209,9 @@ def _lines(path: Path) -> Iterator[Any]:
             if not line.endswith(b"\n"):
                 yield None
                 continue
-            if (row := parsed(line)) is not None:
-                yield row
+            with contextlib.suppress(ValueError):  # a damaged line is left to those who read the whole run
+                if (row := parsed(line)) is not None:
+                    yield row
             line = b""
 
 
@@ -220,22 +223,22 @@ def _about(run: Path) -> About:
 
 
 def _bell() -> bool:
-    """Wait for the trainer: True for a row, False when it has ended. Then time is short, whoever still counts it."""
+    """Wait for the trainer: True for a row, False when it has ended; this process then has ORPHAN_SECONDS left."""
     data = os.read(0, 1 << 16)
     if data and END not in data:
         return True
-    signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)  # ends this process the hard way, even inside foreign code
+    signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)  # SIGALRM then ends this process, even inside foreign code
     return False
 
 
 def main(run: Path, name: str, how: str) -> int:
-    """The life of a tracker's process; returns 0, or 1 with the reason in its state."""
+    """What a tracker's process does; returns its exit code, which is 1 where the reason stands in its state."""
     live, folder = how == "follow", folder_of(run, name)
     if live:
-        for number in STOP_SIGNALS:  # for the trainer; a follower ends when that says so
+        for number in STOP_SIGNALS:  # meant for the trainer; a tracker ends when the trainer does
             signal.signal(number, signal.SIG_IGN)
     lock = Lock(folder / LOCK)
-    while not lock.acquire():  # that of a run killed a moment ago may still be busy
+    while not lock.acquire():  # the tracker of a run that was killed a moment ago may still be busy
         time.sleep(0.2)
     try:
         bells = iter((True, False))
@@ -245,12 +248,12 @@ def main(run: Path, name: str, how: str) -> int:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
             replace(State.read(folder), error=reason).write(folder)
             traceback.print_exc()  # into the log
-        return 1
-    return 0
+        return ExitCode.DEFECT
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":
     code = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # not by way of atexit: what hangs there would hang the user of `dtrain sync` as well
+    os._exit(code)  # skips atexit, where what hangs would hang `dtrain sync` as well

@@ -1,0 +1,165 @@
+"""How the processes of a run meet and part: the store that they share, the network interface, time-outs and groups.
+
+torch.distributed has one default group a process, so one process takes part in one run at a time. A script may train
+several times in a row under one launcher; each of its runs then has keys of its own in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import gc
+import itertools
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from dtrain.errors import ProcessError
+from dtrain.witness import BEAT_SECONDS, Witness
+
+T = TypeVar("T")
+WATCHDOG_GRACE = timedelta(seconds=60)
+
+_run_numbers = itertools.count(1)  # of the runs that this process has begun; all processes of a launcher begin the same
+_last: Meeting | None = None  # a run that failed leaves its groups to the next one, or to the end of the process
+
+
+class Meeting:
+    """The processes of one run, once they have met. `witness` knows who is where and what went wrong."""
+
+    def __init__(self, store: Any, witness: Witness) -> None:
+        self.witness = witness
+        self._store = store
+        self._joined = False
+
+    def join(self, backend: str) -> Any:
+        """Make the default group over `backend`, for gradients; returns a gloo group for agreement. Collective."""
+        import torch.distributed as dist
+
+        timeout = timedelta(seconds=self.witness.timeout_seconds)
+        # NCCL's watchdog ends a process that waits too long; gloo must fail before it, since its error can be explained
+        patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
+        rank, size = self.witness.rank, self.witness.size
+        dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=patience)
+        self._joined = True
+        return dist.new_group(backend="gloo", timeout=timeout)
+
+    def part(self) -> None:
+        """End the heartbeat and the groups, on which all have agreed unless the run has failed."""
+        import torch.distributed as dist
+
+        self.witness.beat.stop()
+        if self._joined:
+            self._joined = False
+            dist.destroy_process_group()
+
+
+def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Meeting:
+    """Find the store that all `size` processes share, at MASTER_ADDR and MASTER_PORT. Collective.
+
+    neighbours: the ranks on this host, this one among them.
+    Raises ProcessError if the store is not found within the time-out.
+    """
+    global _last
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+
+    if _last is not None:
+        _last.part()
+        _last = None
+        gc.collect()  # a failed run's DDP holds its groups open in a cycle, and a process that still waits in them
+
+    if len(neighbours) < size:
+        _choose_interface()
+    timeout = timedelta(seconds=timeout_seconds)
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+    def stores() -> tuple[Any, Any]:
+        default = _default_store(rank, size, timeout, host, port)
+        # the heartbeat has a connection of its own: the default group's may be busy inside a collective
+        return default, TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+    try:
+        default, client = _within(timeout_seconds + BEAT_SECONDS, stores)
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ProcessError(
+                f"port {port} of this host, where the processes are to meet, is in use; give torchrun another "
+                "--master-port (or set another MASTER_PORT), or --standalone"
+            ) from None
+        raise ProcessError(
+            f"process {rank} of {size} could not meet the others at {host}:{port} within "
+            f"{timeout_seconds:g} s: {_first_line(error)}"
+        ) from None
+    # the store of torchrun's agent outlives a run, and a restart of all workers
+    own = f"dtrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_run_numbers)}"
+    witness = Witness(PrefixStore(own, client), rank, size, neighbours, timeout_seconds)
+    _last = Meeting(PrefixStore(own, default), witness)
+    return _last
+
+
+@functools.cache
+def _default_store(rank: int, size: int, timeout: timedelta, host: str, port: str) -> Any:
+    """torch's store for this environment, kept to the end of the process.
+
+    Where process 0 keeps the store itself, a second run could otherwise find the first one's while it is going away.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    return store
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """`work`, done in a thread of its own: torch waits for ever for a server that is no store and never answers.
+
+    Raises RuntimeError if it takes longer than `seconds`; the thread is then left to the end of the process.
+    """
+    results: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=run, name="dtrain-meet", daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError("whatever listens there does not answer as torch's store does") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _choose_interface() -> None:
+    """Name the interface of the route to MASTER_ADDR for gloo and NCCL, unless the user has named one.
+
+    On its own gloo binds to what the host's name resolves to, which on Debian is 127.0.1.1: one process is then refused
+    and the other hangs.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        except (OSError, LookupError, ValueError):  # `meet` fails at the same address and explains it
+            return
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name[:15].encode())
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR of linux/sockios.h
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
