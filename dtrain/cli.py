@@ -17,6 +17,7 @@ from dtrain.errors import EXIT_STOPPED_UNSAVED, UsageError, nearest
 from dtrain.plugins import find
 from dtrain.ranges import flag_of
 from dtrain.run import trackers
+from dtrain.settings.staged import Staged
 
 app = typer.Typer(
     name="dtrain",
@@ -129,7 +130,7 @@ def _parameter(name: str, about: Any, default: Any) -> inspect.Parameter:
 
 def _metavar(kind: Any) -> str:
     # " ": click then shows nothing
-    names = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT", tuple[str, ...]: "NAME,NAME"}
+    names = {bool: " ", int: "N", float: "X", Path: "PATH", str: "TEXT", tuple[str, ...]: "NAME,NAME", Staged: "N"}
     return "K=V" if get_origin(kind) is dict else names.get(kind, "X,X,X")
 
 

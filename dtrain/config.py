@@ -22,6 +22,7 @@ from dtrain.files import canonical_json
 from dtrain.plugins import find_recipe, read_recipe, recipe_for
 from dtrain.ranges import check_ranges, flag_of
 from dtrain.schedules import SCHEDULES
+from dtrain.settings.staged import Staged
 
 Mark = Literal["result", "place"]
 # What belongs to a choice: a layer that chooses otherwise than those below it begins these anew; the options that a
@@ -122,8 +123,12 @@ class TrainConfig:
         "weight decay, not applied to biases and norms [default: the optimizer's]",
         flags=("--weight-decay", "--wd"),
     )
-    batch_size: int = setting(
-        128, "Optimization", "result", "images in one step over all processes together", flags=("-b", "--batch-size")
+    batch_size: Staged = setting(
+        Staged.of(128),
+        "Optimization",
+        "result",
+        "images in one step over all processes together; 64,640@200 changes it at epoch 200",
+        flags=("-b", "--batch-size"),
     )
     epochs: float = setting(10.0, "Optimization", "result", "passes over the training set; 2.5 is allowed")
     steps: int | None = setting(None, "Optimization", "result", "optimizer updates, instead of --epochs")
@@ -157,12 +162,12 @@ class TrainConfig:
     cache_dir: Path | None = setting(
         None, "Data", "place", "where converted data sets are kept [default: the user's cache folder]"
     )
-    image_size: int | None = setting(
+    image_size: Staged | None = setting(
         None,
         "Data",
         "result",
-        "side in pixels of the images that the network sees [default: the set's own; of folders and tars 224, or their "
-        f"own where all are equal squares of at most {OWN_SIZE}]",
+        "side in pixels of the images that the network sees; 16,32@4 changes it at epoch 4 [default: the set's own; "
+        f"of folders and tars 224, or their own where all are equal squares of at most {OWN_SIZE}]",
     )
     resize: str = setting(
         "crop",
@@ -364,7 +369,9 @@ class TrainConfig:
 
     def conversion(self) -> Conversion:
         """What is asked of the data set's conversion."""
-        return Conversion(self.image_size, self.resize, self.store_size, self.bad_images)
+        return Conversion(
+            self.image_size.largest if self.image_size else None, self.resize, self.store_size, self.bad_images
+        )
 
     def settings(self) -> dict[str, Any]:
         """Every field and its value as plain JSON and TOML types; None is left out, since TOML has no null.
@@ -422,7 +429,7 @@ def coerced(name: str, value: Any) -> Any:
     kind, _ = type_of(name)
     try:
         return _convert(kind, value)
-    except _Unfit as error:
+    except (_Unfit, UsageError) as error:
         raise UsageError(f"{flag_of(name)} {value}: {error}") from None
 
 
@@ -444,6 +451,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return str(value).lower() == "true"
     if kind in (int, float):
         return _number(kind, value)
+    if kind is Staged:
+        return Staged.of(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # channels = 1 in a file
     if not isinstance(value, str | Path):
@@ -486,6 +495,8 @@ def _option_text(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Staged):
+        return value.plain
     return list(value) if isinstance(value, tuple) else value
 
 

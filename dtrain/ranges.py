@@ -12,7 +12,6 @@ from dtrain.errors import UsageError
 
 _POSITIVE = (
     "lr",
-    "batch_size",
     "epochs",
     "grad_accum_steps",
     "eval_batch_size",

@@ -31,10 +31,12 @@ from dtrain.model.nonfinite import GIVE_UP_STEPS, told
 from dtrain.model.optimization import chosen_optimizer, set_lr
 from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, check_batch, make_plan
+from dtrain.ranges import flag_of, parse_every
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
 from dtrain.run.state import RunClock, Stopwatch, TrainState
+from dtrain.settings.staged import Staged
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
 
@@ -71,13 +73,18 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                 dataset = console.converting(load_dataset(config))
             world.wait_for_all("prepared", CONVERSION_SECONDS)  # each host may convert for itself, one for longer
             world.same(str(dataset.facts), f"data set {config.dataset}")
-            plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
+            plan = plan_of(
+                config,
+                train_size=len(dataset.train_samples),
+                image_size=dataset.image_size,
+                world_size=world.size,
+            )
             resolved = {**asdict(machine), "world_size": world.size}
             recorder = world.main_first(
                 lambda main: open_recorder(config, main=main, command=command, resolved=resolved)
             )
             opened.callback(recorder.close, console)
-            with runtime.memory_told(f"with {plan.micro_batch} images at a time a process; {plan.lighter()}"):
+            with runtime.memory_told(f"with {plan.largest_micro_batch} images at a time a process; {plan.lighter()}"):
                 run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
                 run.state.seconds["start-up"] += time.monotonic() - started
                 try:
@@ -102,7 +109,12 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     """Meet the others, decide what to compute with, and agree with them: rank 0's precision is everybody's."""
     world.meet()
-    check_batch(config, at.size)  # what can be known is told before anything is downloaded or converted
+    check_batch(  # what can be known is told before anything is downloaded or converted
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        mixing=_mixing(config),
+        world_size=at.size,
+    )
     chosen_architecture(config)
     chosen_optimizer(config)
     trackers.find(config.track)
@@ -113,6 +125,37 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
     runtime.apply(machine, deterministic=config.deterministic)
     return machine
+
+
+def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size: int) -> Plan:
+    """The plan of `config`. image_size: of the images of the data set, where the config does not say it itself.
+
+    Raises what `make_plan` raises.
+    """
+    return make_plan(
+        seed=config.seed,
+        train_size=train_size,
+        world_size=world_size,
+        batch_size=config.batch_size,
+        image_size=config.image_size or Staged.of(image_size),
+        grad_accum_steps=config.grad_accum_steps,
+        mixing=_mixing(config),
+        epochs=config.epochs,
+        steps=config.steps,
+        warmup_epochs=config.warmup_epochs,
+        # a recipe's or a run's is meant for its own length; what fits means the same from every layer
+        warmup_yields=config.origin("warmup_epochs") not in ("flag", "default"),
+        schedule=config.schedule,
+        schedule_opt=config.schedule_opt,
+        log_interval=config.log_interval,
+        eval_every=parse_every(config.eval_every, "--eval-every", clock=False),
+        save_every=parse_every(config.checkpoint_every, "--checkpoint-every", clock=True),
+    )
+
+
+def _mixing(config: TrainConfig) -> tuple[str, ...]:
+    """The flags in use that mix images in pairs."""
+    return tuple(flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0)
 
 
 class Training:
@@ -136,7 +179,7 @@ class Training:
             console.line(line)
         self.learner = learner_of(self._network(machine), config)
         self.network = self.learner.network
-        self.options = StepOptions.of(config, plan)
+        self.options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
         parameters = sum(p.numel() for p in self.network.module.parameters())
         at = (self.network.dtype, self.network.device)
         self.loader = dataset.train_loader(config, plan, world.rank, *at)
@@ -147,7 +190,7 @@ class Training:
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
         # of this process since it was last read; the rest is in the state
-        self.tally = Tally(self.network.device, plan.share, self.state.streak)
+        self.tally = Tally(self.network.device, plan.largest_share, self.state.streak)
         self.clock = RunClock(config, plan)
         self.loader.start(self.state.step)  # opening and compiling is no training
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
@@ -167,12 +210,14 @@ class Training:
             if state.eval_due:
                 self.act(self.evaluate(Ask()))
             while state.step < plan.total_steps and not state.reached:
-                batch = self.loader.batch(state.step)  # a function of (seed, step); prefetched
-                set_lr(learner.optimizer, plan.lr_factor(state.samples))
-                seed_step(config.seed, state.step, world.rank)  # torch, numpy, random: dropout and the like
-                self.tally += train_step(learner, batch, self.options)  # nothing is read here
-                state.advance(plan.batch_size_at(state.step))
-                ask = world.agreed(clock, state.step)  # signals and rank 0's clock: posted a step ago, read now
+                now = plan.at(state.step)  # epoch, batch size, image size, rate: a function of the step
+                batch = self.loader.batch(state.step)  # a function of (seed, step); made ahead of time
+                set_lr(learner.optimizer, now.lr_factor)
+                seed_step(config.seed, state.step, world.rank, self.network.device)  # dropout and the like
+                # tensors of the device: no value is read here, so the host does not wait for it
+                self.tally += train_step(learner, batch, self.options, now.shares[world.rank])
+                state.advance(now.batch_size)
+                ask = world.agreed(clock, state.step)  # signals and rank 0's clock, as of the step before
                 if state.step == self.stop_after:
                     ask = Ask(stop=True)
                 if plan.logs_at(state.step):
@@ -213,13 +258,13 @@ class Training:
         row = {
             "kind": "train",
             "step": state.step,
-            "epoch": state.step / plan.steps_per_epoch,
+            "epoch": plan.epochs_done(state.step),
             "samples": state.samples,
             "loss": sums.loss,
             "top1_fraction": sums.top1_fraction,
-            "lr": self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
+            "lr": self.config.lr * plan.at(state.step - 1).lr_factor,
             "images_in_interval": sums.images,
-            "skipped_steps": sums.skipped_images // plan.batch_size,
+            "skipped_steps": sums.skipped_steps,
             "checksum": sums.checksum,
             "clock": {
                 "images_per_second": images_per_second,
@@ -231,7 +276,7 @@ class Training:
             },
         }
         self.recorder.row(row)
-        self.console.train(row, plan.total_steps / plan.steps_per_epoch, plan.total_steps)
+        self.console.train(row, plan.epochs_done(plan.total_steps), plan.total_steps)
 
     def take(self) -> Sums:
         """The sums of the open log interval over all processes, kept in the state; the device's begin anew.
@@ -242,8 +287,8 @@ class Training:
         state, tally = self.state, self.tally
         new = self.world.total(tally.sums)
         sums, state.streak = Sums.of(state.add(new)), int(tally.streak)
-        if Sums.of(new).nonfinite or Sums.of(new).skipped_images:
-            self._tell_fault(Sums.of(new).skipped_images // self.plan.batch_size)
+        if Sums.of(new).nonfinite or Sums.of(new).skipped_steps:
+            self._tell_fault(Sums.of(new).skipped_steps)
         tally.begin_anew()
         return sums
 
@@ -252,10 +297,10 @@ class Training:
 
         Raises DivergedError on every process unless its update was skipped, and so were few enough in a row.
         """
-        fault, path = self.tally.first_fault(self.world), self.world.from_main(lambda: self.recorder.path)
-        step, longest = self.state.step - fault.steps_ago, int(self.tally.longest)
-        samples = self.dataset.train_samples[self.plan.batch(step - 1)[fault.positions]]
-        what, look = told(step, samples.tolist()), f"dtrain replay {shlex.quote(shown(path))} --step {step}"
+        fault = self.tally.first_fault(self.world, self.plan, self.state.step)
+        path, longest = self.world.from_main(lambda: self.recorder.path), int(self.tally.longest)
+        samples = self.dataset.train_samples[self.plan.batch(fault.step - 1)[fault.positions]]
+        what, look = told(fault.step, samples.tolist()), f"dtrain replay {shlex.quote(shown(path))} --step {fault.step}"
         advice = f"lower --lr, add --warmup-epochs or --clip-grad; to look at it: {look}"
         if not self.options.skip_nonfinite:
             raise DivergedError(f"{what}; the last checkpoint is from before it; {advice}")
@@ -292,7 +337,7 @@ class Training:
         row = {
             "kind": "eval",
             "step": state.step,
-            "epoch": state.step / self.plan.steps_per_epoch,
+            "epoch": self.plan.epochs_done(state.step),
             "samples": state.samples,
             "split": self.split,
             "weights": weights,
@@ -379,25 +424,30 @@ class Training:
         """The network, rehearsed: what is wrong with it is told now."""
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
-        noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32)
+        sizes = self.plan.image_sizes
+        noise = rehearsal.noise(config.seed, (2, channels, sizes[-1], sizes[-1]), torch.float32)
 
         def build(pixels: int) -> nn.Module:
             return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
 
-        with rehearsal.smallest_size_told(build, channels, size):
+        with rehearsal.smallest_size_told(build, channels, sizes[0]):
             module = build(size)
             # before DDP, which would hide a difference by sending rank 0's
             weights = rehearsal.digest_of(module.state_dict())
             self.world.same(weights, f"the initial network of architecture {config.arch}")
-            rehearsal.first_output(module, noise, config.arch, classes)
+            for side in sizes:
+                images = rehearsal.noise(config.seed, (2, channels, side, side), torch.float32)
+                rehearsal.first_output(module, images, config.arch, classes)
         moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
         if moving:
             self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
         network = wrap(module, config, machine, self.world, moving_buffers=moving)
-        if config.compile:  # compiled for one shape: rehearse with the one that trains
-            noise = noise.repeat(self.plan.micro_batch // 2 + 1, 1, 1, 1)[: self.plan.micro_batch]
-        images = noise.to(network.device, machine.dtype(), memory_format=torch.channels_last)
-        rehearsal.rehearse(network, images, config.arch, classes, self.world)
+        # every process rehearses the same list, also what it will not train itself: the passes are collective. A
+        # compiled network is made for each shape that it meets, so it meets here those that it will train
+        for count, side in self.plan.shapes if config.compile else [(2, side) for side in sizes]:
+            images = rehearsal.noise(config.seed, (count, channels, side, side), torch.float32)
+            images = images.to(network.device, machine.dtype(), memory_format=torch.channels_last)
+            rehearsal.rehearse(network, images, config.arch, classes, self.world)
         return network
 
     def _resumed(self) -> TrainState:

@@ -30,7 +30,7 @@ STOREYS = (
     ("dtrain.witness",),
     ("dtrain.config",),
     ("dtrain.plugins", "dtrain.ranges", "dtrain.schedules"),
-    ("dtrain.keyed", "dtrain.files"),
+    ("dtrain.keyed", "dtrain.files", "dtrain.settings"),
     ("dtrain.errors",),
 )
 # The same for the rooms of one storey that the drawing orders, but here neighbours on a line may know each other. Rooms

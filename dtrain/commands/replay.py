@@ -29,12 +29,13 @@ from dtrain.model.network import build_module, wrap
 from dtrain.model.nonfinite import Before
 from dtrain.model.optimization import set_lr
 from dtrain.model.step import StepOptions, backward, seed_step, update
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
 from dtrain.run import checkpoint
 from dtrain.run.console import Console
 from dtrain.run.recorder import refuse_other_data
 from dtrain.run.rundir import read_record, read_rows
 from dtrain.run.state import TrainState
+from dtrain.training import plan_of
 from dtrain.world import Place, World
 
 Pixels = npt.NDArray[np.uint8]
@@ -58,24 +59,25 @@ class Replayer:
 
         Each process's share by itself: with its own draws, from one set of buffers, of which rank 0's remain.
         """
-        learner, network, plan = self.learner, self.learner.network, self.plan
+        learner, network, now = self.learner, self.learner.network, self.plan.at(self.state.step)
         learner.optimizer.zero_grad(set_to_none=True)
-        set_lr(learner.optimizer, plan.lr_factor(self.state.samples))
+        set_lr(learner.optimizer, now.lr_factor)
         before, losses = Before(network.module.buffers()), []
         always = torch.ones((), dtype=torch.bool, device=network.device)
-        for rank in reversed(range(plan.world_size)):
+        for rank in reversed(range(len(now.shares))):
             before.put_back(always)
-            seed_step(self.config.seed, self.state.step, rank)
-            share = slice(rank * plan.share, (rank + 1) * plan.share)
-            part = Batch(batch.images[share], batch.labels[share], batch.indices[share], batch.checksum)
-            losses.append(backward(network, learner.scaler, part, self.options, shares=plan.world_size)[1])
+            seed_step(self.config.seed, self.state.step, rank, network.device)
+            share = replace(now.shares[rank], mean_over=now.batch_size)  # a sum, no average
+            at = share.positions
+            part = Batch(batch.images[at], batch.labels[at], batch.indices[at], batch.checksum)
+            losses.append(backward(network, learner.scaler, part, self.options, share)[1])
         return torch.cat(losses[::-1]), before
 
     def apply(self, buffers: Before) -> bool:
         """The update from the gradient that is there, as the run made it; whether it was skipped."""
         learner = self.learner
         skipped = update(learner, self.options, buffers)
-        self.state.advance(self.plan.batch_size)
+        self.state.advance(self.plan.at(self.state.step).batch_size)
         return bool(skipped)
 
 
@@ -98,7 +100,8 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     runtime.apply(machine, deterministic=config.deterministic)
     dataset = Console(False).converting(load_dataset(config))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
-    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world_size)
+    sizes = {"train_size": len(dataset.train_samples), "image_size": dataset.image_size}
+    plan = plan_of(config, **sizes, world_size=world_size)
     if not 0 < step <= plan.total_steps:
         raise UsageError(f"--step {step}: this run has the steps 1 to {plan.total_steps}")
     classes, size = len(dataset.train.class_names), dataset.image_size
@@ -106,8 +109,8 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
     counts = dict(saved.state)
     learner.restore(saved.parts, counts)
-    options = StepOptions.of(config, plan)
-    whole = replace(plan, world_size=1, share=plan.batch_size)
+    options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
+    whole = plan_of(config, **sizes, world_size=1)
     network = learner.network
     with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
         replayer = Replayer(config, plan, dataset, learner, TrainState(**counts), loader, options)
