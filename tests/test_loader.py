@@ -21,7 +21,7 @@ from needs import need_ffcv
 from test_pixels import MEAN, STD, reference, written
 from warm import Warm
 
-from dtrain import keyed
+from dtrain import keyed, training
 from dtrain.config import TrainConfig
 from dtrain.data.augment import Augmentation, decide, mixed_labels
 from dtrain.data.beton import Beton
@@ -29,7 +29,7 @@ from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.data.loader import Batch, Loader, Request, open_loader
 from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
 CPU = torch.device("cpu")
@@ -89,13 +89,16 @@ def config_of(**settings: Any) -> TrainConfig:
     return TrainConfig(arch="allcnn_c", dataset="pets", **{**given, **settings})
 
 
-def plan_of(config: TrainConfig, world: int = 1) -> Plan:
-    return make_plan(config, train_size=COUNT, world_size=world)
+def plan_of(config: TrainConfig, world: int = 1, train_size: int = COUNT) -> Plan:
+    return training.plan_of(config, train_size=train_size, image_size=SIZE, world_size=world)
 
 
 def requests(plan: Plan, rank: int = 0) -> Callable[[int], Request | None]:
     def request_at(step: int) -> Request | None:
-        return Request(plan.share_of(step, rank), plan.epoch_at(step)) if step < plan.total_steps else None
+        if step >= plan.total_steps:
+            return None
+        now = plan.at(step)
+        return Request(plan.batch(step)[now.shares[rank].positions], now.epoch)
 
     return request_at
 
@@ -348,7 +351,7 @@ def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: Data
 def test_a_loader_of_a_part_of_the_samples_reads_only_these(dataset: DataSet, kind: str) -> None:
     part = replace(dataset, train_samples=np.arange(0, COUNT, 2))
     config = config_of(loader=kind, epochs=2)
-    plan = make_plan(config, train_size=52, world_size=1)
+    plan = plan_of(config, train_size=52)
     with part.train_loader(config, plan, 0, torch.float32, CPU) as loader:
         seen = [index for step in range(2) for index in loader.batch(step).indices.tolist()]
     assert len(set(seen)) == 40

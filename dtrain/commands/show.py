@@ -9,6 +9,7 @@ from typing import Any
 
 from dtrain.config import TrainConfig, settings_fields
 from dtrain.plugins import Kind, listed, recipes
+from dtrain.settings.staged import Staged
 
 
 def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
@@ -32,6 +33,8 @@ def config_rows(config: TrainConfig) -> list[dict[str, Any]]:
 def _shown(value: Any) -> Any:
     if isinstance(value, dict):
         return " ".join(f"{k}={v}" for k, v in value.items())
+    if isinstance(value, Staged):
+        return value.plain
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
