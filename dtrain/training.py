@@ -442,9 +442,10 @@ class Training:
         if moving:
             self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
         network = wrap(module, config, machine, self.world, moving_buffers=moving)
-        # every process rehearses the same list, also what it will not train itself: the passes are collective. A
-        # compiled network is made for each shape that it meets, so it meets here those that it will train
-        for count, side in self.plan.shapes if config.compile else [(2, side) for side in sizes]:
+        # Every process rehearses the same shapes, also those of other processes, since the passes are collective. A
+        # compiled network is compiled anew for each shape; else two images show what many would, and one what one would
+        shapes = self.plan.shapes if config.compile else {(min(count, 2), side) for count, side in self.plan.shapes}
+        for count, side in sorted(shapes):
             images = rehearsal.noise(config.seed, (count, channels, side, side), torch.float32)
             images = images.to(network.device, machine.dtype(), memory_format=torch.channels_last)
             rehearsal.rehearse(network, images, config.arch, classes, self.world)

@@ -101,7 +101,7 @@ def pictures(folder: Path, classes: dict[str, int], size: int = 32) -> Path:
             "--batch-size 1",
             2,
             2,
-            ["--batch-size 1 is too small for 2 processes", "give at least 2, or start at most 1"],
+            ["--batch-size 1 is too small for 2 processes", "give at least 2"],
         ),
         ("--batch-size 1440", 1, 2, ["--batch-size 1440 is larger than the training set of 1437", "at most 1437"]),
         ("--dataset {folder}/none", 1, 3, ["{folder}/none: needs images in train/CLASS/", "found 0 in train/"]),
@@ -141,7 +141,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_converted(r
         ("--arch-opt with=3", "has no option 'with'"),
         (
             "--batch-size 3 --grad-accum-steps 4",
-            "--grad-accum-steps 4: of --batch-size 3 over 1 process, one gets only 3",
+            "--grad-accum-steps 4: of --batch-size 3 over 1 process",
         ),
         ("--batch-size 47 --mixup 0.2", "--batch-size 47 does not divide into the pairs of --mixup; try 46 or 48"),
     ],
