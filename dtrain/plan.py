@@ -219,14 +219,17 @@ class Plan:
         for stage in self.stages:
             if len(self.stages) > 1:
                 size = f"images of {stage.image_size} x {stage.image_size} pixels"
-                lines.append(f"from epoch {stage.first_epoch} on, after {stage.first_step} steps: {size}")
+                begins = (
+                    f"epoch {stage.first_epoch}, after {stage.first_step} steps" if stage.first_step else "the start"
+                )
+                lines.append(f"from {begins}: {size}")
             left = self.train_size - stage.steps_per_epoch * stage.batch_size
             tail = f"; {left} images of each epoch's order are left out" if left else ""
             lines.append(f"batch {stage.batch_size} = {self._shares_told(stage)}")
             lines.append(f"{stage.steps_per_epoch} steps an epoch = {self.train_size} // {stage.batch_size}{tail}")
         epochs = self.epochs_done(self.total_steps)
         lines += [
-            f"not reached: from epoch {epoch} on, batch {batch} and images of {size} x {size} pixels"
+            f"epoch {epoch}, with batch {batch} and images of {size} x {size} pixels, comes after the end of this run"
             for epoch, batch, size in self.unreached
         ]
         warm = f" after a warm-up of {self.warmup_samples} images" if self.warmup_samples else ""
@@ -251,7 +254,7 @@ def _change(stage: Stage, value: int) -> str:
     return f"{value}@{stage.first_epoch}"
 
 
-# the epoch being read and, near its end, the one prefetched; of a pure function, so no state
+# two epochs: the one that is trained, and near its end also the one whose first batches are made ahead
 @functools.lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return keyed.order(n, seed, epoch)
@@ -345,10 +348,9 @@ def make_plan(
     begins = sorted({epoch for staged in (batch_size, image_size) for epoch, _ in staged.changes})
     stages: list[Stage] = []
     for epoch in begins:
-        first_step = _steps_until(stages, epoch)
+        first_step, batch = _steps_until(stages, epoch), batch_size.at(epoch)
         if first_step >= steps if steps is not None else epoch >= epochs:
-            break
-        batch = batch_size.at(epoch)
+            break  # so a batch that the run does not reach need not fit the training set
         if batch > train_size:
             most = train_size // unit * unit
             fix = f"give at most {most}" if most >= world_size * unit else "use fewer processes"

@@ -1,7 +1,8 @@
-"""train(config) -> Summary: set up, then the loop. The only file that sees every room.
+"""train(config) -> Summary: sets a run up and trains it to its end. The only file that uses every part of dtrain.
 
-train      who we are, the data set, the plan, the run directory; what happens to an error
-Training   one run, ready to go: `loop` on one screen, below it the verbs that the loop is made of
+train      joins the other processes, opens data set, plan and run directory; tells an error once
+plan_of    the plan that a config means
+Training   one run that is set up: `loop`, which fits on a screen, and below it the steps that the loop is made of
 """
 
 from __future__ import annotations
@@ -128,8 +129,9 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
 
 
 def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size: int) -> Plan:
-    """The plan of `config`. image_size: of the images of the data set, where the config does not say it itself.
+    """The plan of a run of `config` on `train_size` images with `world_size` processes.
 
+    image_size: the side in pixels of the data set's images, which counts if `config` asks for no other.
     Raises what `make_plan` raises.
     """
     return make_plan(
@@ -143,7 +145,8 @@ def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size
         epochs=config.epochs,
         steps=config.steps,
         warmup_epochs=config.warmup_epochs,
-        # a recipe's or a run's is meant for its own length; what fits means the same from every layer
+        # a recipe's warm-up is meant for the recipe's length, so it is shortened where a run is too short for it; that
+        # holds for a run's own config.toml as well, which no longer knows what came from a recipe
         warmup_yields=config.origin("warmup_epochs") not in ("flag", "default"),
         schedule=config.schedule,
         schedule_opt=config.schedule_opt,
@@ -154,12 +157,12 @@ def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size
 
 
 def _mixing(config: TrainConfig) -> tuple[str, ...]:
-    """The flags in use that mix images in pairs."""
+    """Which of the flags that mix images in pairs are in use."""
     return tuple(flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0)
 
 
 class Training:
-    """One run, set up, and where it stands. opened: takes what has to be closed."""
+    """One run that is set up, and where it stands. opened: closes what is opened here, at the end of the run."""
 
     def __init__(
         self,
@@ -189,24 +192,24 @@ class Training:
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.told} reader")
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
-        # of this process since it was last read; the rest is in the state
+        # sums of this process since they were last read; what was read before is in the state
         self.tally = Tally(self.network.device, plan.largest_share, self.state.streak)
         self.clock = RunClock(config, plan)
-        self.loader.start(self.state.step)  # opening and compiling is no training
+        self.loader.start(self.state.step)  # now, so that opening and compiling do not count as training time
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
         self.lap_samples = self.state.samples
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def loop(self) -> Summary:
-        """Train to the end. Raises Stopped after a save that was asked for."""
+        """Train to the end of the run. Raises Stopped once it is saved, if it was asked to stop."""
         config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
         learner = self.learner
         self.console.start(plan.total_steps, state.step)
         with world.listening():
             world.post(clock)
             if state.step == 0:
-                self.save(essential=True)  # finds a full or unwritable disk before the work
+                self.save(essential=True)  # a disk that is full or not writable is found before the work
             if state.eval_due:
                 self.act(self.evaluate(Ask()))
             while state.step < plan.total_steps and not state.reached:
@@ -228,7 +231,7 @@ class Training:
             return self.finish()
 
     def act(self, ask: Ask) -> None:
-        """Save if it is due or asked for; raise Stopped if all have agreed to stop."""
+        """Save if a checkpoint is due or asked for; then raise Stopped if the processes have agreed to stop."""
         state = self.state
         over = state.step == self.plan.total_steps or state.reached
         if ask.save or ask.stop or over or self.plan.saves_at(state.step):
@@ -236,19 +239,19 @@ class Training:
         if ask.stop and (not over or state.eval_due):
             reason = self.clock.reason or self.world.stop_reason or "a signal to another process"
             again = "run the same command again"
-            if self.config.resume != "auto":  # which would go back once more, or begin another run
+            if self.config.resume != "auto":  # the same command would go back once more, or start another run
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
             try:
                 self.recorder.update(status="stopped", step=state.step, exit_code=Stopped.exit_code, reason=reason)
-            except StorageError as error:  # the checkpoint is there, and that is what counts
+            except StorageError as error:  # the checkpoint itself was written
                 self.console.warn(f"saved, but: {error}")
             self.console.stop()
             self.console.table("stopped", [*self._seconds(), ("to go on", again)])
             raise Stopped(f"stopped at step {state.step} by {reason}, saved; to go on: {again}")
 
     def log(self) -> None:
-        """Close the log interval: read the sums, write and show a row, begin the next. Collective, a host sync."""
+        """End the log interval: sum it over processes, write and show its row. Collective, with a host sync."""
         plan, state = self.plan, self.state
         sums = self.take()
         state.tally = None
@@ -279,10 +282,10 @@ class Training:
         self.console.train(row, plan.epochs_done(plan.total_steps), plan.total_steps)
 
     def take(self) -> Sums:
-        """The sums of the open log interval over all processes, kept in the state; the device's begin anew.
+        """Read this process's sums, add them up over all processes and to the open log interval, and return that.
 
-        Raises DivergedError on every process if a loss was not finite, or too many updates in a row were skipped.
-        Collective, a host sync.
+        Raises DivergedError on every process if a loss was not finite, or if too many updates in a row were skipped.
+        Collective, with a host sync.
         """
         state, tally = self.state, self.tally
         new = self.world.total(tally.sums)
@@ -293,9 +296,10 @@ class Training:
         return sums
 
     def _tell_fault(self, skipped_steps: int) -> None:
-        """Name the first step since the last read whose loss or gradient was not finite, and its samples. Collective.
+        """Name the first step since the last read whose loss or gradient was not finite, and its samples.
 
-        Raises DivergedError on every process unless its update was skipped, and so were few enough in a row.
+        Collective. Raises DivergedError on every process unless faulty updates are to be skipped and fewer than
+        GIVE_UP_STEPS of them came in a row. skipped_steps: how many since the last read.
         """
         fault = self.tally.first_fault(self.world, self.plan, self.state.step)
         path, longest = self.world.from_main(lambda: self.recorder.path), int(self.tally.longest)
@@ -310,9 +314,9 @@ class Training:
         self.console.warn(f"{skipped_steps} updates were skipped {what}; to look at it: {look}")
 
     def evaluate(self, asked: Ask) -> Ask:
-        """Evaluate raw and EMA weights, write and show the rows; what is agreed meanwhile is added to `asked`.
+        """Evaluate the raw and the EMA weights, write and show their rows. Collective.
 
-        Asked to stop, it leaves the evaluation for the resume. Collective.
+        Returns `asked` with what was asked for meanwhile. If the run is to stop, the evaluation is left for the resume.
         """
         state, modules = self.state, {"raw": self.network.module}
         if self.learner.ema is not None:
@@ -321,7 +325,7 @@ class Training:
         if asked.stop:
             return asked
         if self.network.device.type == "cuda":
-            torch.cuda.synchronize(self.network.device)  # what is queued is training
+            torch.cuda.synchronize(self.network.device)  # what the device has queued belongs to training time
         images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
         advice = f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
         told = runtime.memory_told(f"in an evaluation of {images} images at a time; {advice}")
@@ -360,7 +364,8 @@ class Training:
     def save(self, *, essential: bool) -> None:
         """Write the checkpoint of this step. Collective.
 
-        A failure is told and tried again at the next point, unless the save is `essential`: the first and the last.
+        A save that fails is told, and the next one that is due tries again; but the first and the last are `essential`,
+        and raise StorageError on every process.
         """
         self.take()
         with self.watch.away("save"):
@@ -393,7 +398,7 @@ class Training:
             self.console.warn(f"saved, but: {error}")
 
     def finish(self) -> Summary:
-        """Mark the run finished and show its table."""
+        """Record that the run is finished, and show its table of results."""
         state, recorder = self.state, self.recorder
         evaluations, path = self.world.from_main(
             lambda: ({row["weights"]: row for row in recorder.rows() if row["kind"] == "eval"}, recorder.path)
@@ -421,7 +426,7 @@ class Training:
     # -- set-up --------------------------------------------------------------------------------------------------------
 
     def _network(self, machine: runtime.Runtime) -> Network:
-        """The network, rehearsed: what is wrong with it is told now."""
+        """The network, rehearsed with the shapes of the plan, so that what is wrong with it is told before training."""
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
         sizes = self.plan.image_sizes
@@ -452,7 +457,7 @@ class Training:
         return network
 
     def _resumed(self) -> TrainState:
-        """Go on from the newest sound checkpoint: rank 0 finds and reads it, the others get its bytes. Collective."""
+        """Go on from the newest undamaged checkpoint: rank 0 reads it and sends it to the others. Collective."""
         started, found = time.monotonic(), checkpoint.Found(None, [])
 
         def read() -> checkpoint.Checkpoint | None:

@@ -271,13 +271,13 @@ def test_steps_walk_through_the_stages_and_a_change_after_the_end_is_told() -> N
     assert [made.at(step).batch_size for step in range(6)] == [20] * 5 + [50]
     assert made.epochs_done(6) == 1.5
     assert made.lines(0.1) == [
-        "from epoch 0 on, after 0 steps: images of 32 x 32 pixels",
+        "from the start: images of 32 x 32 pixels",
         "batch 20 = 1 process",
         "5 steps an epoch = 103 // 20; 3 images of each epoch's order are left out",
-        "from epoch 1 on, after 5 steps: images of 32 x 32 pixels",
+        "from epoch 1, after 5 steps: images of 32 x 32 pixels",
         "batch 50 = 1 process",
         "2 steps an epoch = 103 // 50; 3 images of each epoch's order are left out",
-        "not reached: from epoch 7 on, batch 30 and images of 32 x 32 pixels",
+        "epoch 7, with batch 30 and images of 32 x 32 pixels, comes after the end of this run",
         "6 steps in all = 1.5 epochs",
         "peak rate 0.1, linear",
     ]
@@ -285,7 +285,7 @@ def test_steps_walk_through_the_stages_and_a_change_after_the_end_is_told() -> N
         assert plan(103, batch_size="20,50@1", **short).lines(0.1)[:3] == [
             "batch 20 = 1 process",
             "5 steps an epoch = 103 // 20; 3 images of each epoch's order are left out",
-            "not reached: from epoch 1 on, batch 50 and images of 32 x 32 pixels",
+            "epoch 1, with batch 50 and images of 32 x 32 pixels, comes after the end of this run",
         ]
     assert plan(103, batch_size="20,500@9", epochs=1).total_steps == 5  # what is not reached need not fit the data
 

@@ -1,4 +1,4 @@
-"""`dtrain train --dry-run`: everything a run would begin with, and no run."""
+"""`dtrain train --dry-run`: prints what a run would start with, and trains nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FIRST_STEPS = 5
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Print plan, shapes, parameters, memory and first rates. Converts the data set if it must; trains nothing."""
+    """Print the plan, the shapes of inputs and outputs, the parameters, the memory they need and the first rates.
+
+    Converts the data set if that has not been done. Raises what a run would raise before its first step.
+    """
     at, console = place(), Console(place().is_main)
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     dataset = console.converting(load_dataset(config))

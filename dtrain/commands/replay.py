@@ -1,7 +1,8 @@
-"""`dtrain replay RUN --step K`: one step of a run, rebuilt and looked at alone.
+"""`dtrain replay RUN --step K`: computes one step of a run again, to look at it alone.
 
-The step that rows and the console call K is computed again, in one process, from the newest checkpoint before it: the
-run's samples, augmentation and dropout, share by share as its processes had them. Nothing is written into the run.
+K counts steps as the rows of metrics.jsonl and the console do. One process goes from the newest checkpoint before K to
+that step with the run's own samples, augmentation and dropout, and computes the share of each of the run's processes,
+one after the other. Nothing is written into the run directory.
 """
 
 from __future__ import annotations
@@ -39,25 +40,29 @@ from dtrain.training import plan_of
 from dtrain.world import Place, World
 
 Pixels = npt.NDArray[np.uint8]
-SHOWN, PICTURES = 10, 256  # samples that are listed, and at most drawn
+SHOWN, PICTURES = 10, 256  # the most samples that are listed, and the most that are drawn
 
 
 @dataclass(frozen=True)
 class Replayer:
-    """A run's learner at `state`, able to go on by its own steps in this process alone."""
+    """A run as it stood at `state`, and what computes its next steps in this process alone.
+
+    plan: the run's, with its own number of processes. loader: of whole global batches, not of one process's share.
+    """
 
     config: TrainConfig
-    plan: Plan  # of the run, with its own number of processes
+    plan: Plan
     dataset: DataSet
     learner: Learner
     state: TrainState
-    loader: Loader  # of whole global batches
+    loader: Loader
     options: StepOptions
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Before]:
-        """Compute the gradient of this step; returns the losses of the global batch, and the buffers before it.
+        """Compute the gradient of this step; returns the losses of the global batch, and copies of the old buffers.
 
-        Each process's share by itself: with its own draws, from one set of buffers, of which rank 0's remain.
+        The shares are computed one after the other, each with its own process's random draws and from the same buffers.
+        Rank 0's share comes last, since in a run the buffers of rank 0 are the ones that are saved.
         """
         learner, network, now = self.learner, self.learner.network, self.plan.at(self.state.step)
         learner.optimizer.zero_grad(set_to_none=True)
@@ -74,7 +79,10 @@ class Replayer:
         return torch.cat(losses[::-1]), before
 
     def apply(self, buffers: Before) -> bool:
-        """The update from the gradient that is there, as the run made it; whether it was skipped."""
+        """Update the learner from the gradient that `gradient` left, as the run did; returns whether it was skipped.
+
+        buffers: what `gradient` returned, to be put back if the update is skipped.
+        """
         learner = self.learner
         skipped = update(learner, self.options, buffers)
         self.state.advance(self.plan.at(self.state.step).batch_size)
@@ -82,11 +90,12 @@ class Replayer:
 
 
 def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute step `step` of `run` again and write its pictures to `out` (default: replay-RUN-STEP here).
+    """Compute step `step` of `run` again and write its pictures to the folder `out`.
 
-    here: settings in place of the run's own, such as its device and folders.
-    Returns what `print_replay` shows. Raises UsageError for a step that cannot be reached, DataError where the data
-    set is no longer that of the run. Costs the steps since the newest checkpoint before it.
+    step: counted from 1. out: by default replay-RUN-STEP in the current folder. here: settings that replace the run's
+    own, such as device and folders.
+    Returns what `print_replay` shows. Raises UsageError for a step that the run does not have or that no checkpoint
+    precedes, DataError if the data set has changed since. Takes the time of the steps since that checkpoint.
     """
     out = out or Path(f"replay-{run.resolve().name}-{step:08d}")
     if out.resolve().is_relative_to(run.resolve()):
@@ -135,7 +144,7 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
 
 
 def _processes_at(run: Path, step: int) -> int | None:
-    """On how many processes a step was made: what the last start before it said; None where no row is left."""
+    """How many processes computed a step, as the last start or resume before it says; None if no row says it."""
     events = [row for row in read_rows(run) if row["kind"] == "event" and row["step"] < step and "processes" in row]
     return int(events[-1]["processes"]) if events else None
 
@@ -155,7 +164,7 @@ def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:
 
 
 def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
-    """The step that `batch` is of: its losses, its gradient, what is not finite before and after."""
+    """Compute the step that `batch` belongs to: its losses, its gradient, and which tensors are not finite."""
     learner, module = replayer.learner, replayer.learner.network.module
     before = _not_finite(learner.network.tensors())
     losses_N, buffers = replayer.gradient(batch)
@@ -165,9 +174,9 @@ def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
     skipped = replayer.apply(buffers)
     losses = losses_N.tolist()
     finite = [loss for loss in losses if math.isfinite(loss)]
-    # what is not finite first, then by size
+    # losses that are not finite come first, then the largest
     order = sorted(range(len(losses)), key=lambda i: (math.isfinite(losses[i]), -losses[i], i))
-    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()  # mixed: the greater part
+    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()  # if mixed, the larger part
     names = replayer.dataset.train.class_names
     return {
         "loss": sum(finite) / max(1, len(finite)),
@@ -214,7 +223,7 @@ def _write_pictures(out: Path, title: str, pictures: Pixels, rows: list[dict[str
 
 
 def print_replay(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print what `replay` returned, for people."""
     processes = found["processes"]
     shares = f"; the shares of {processes} processes one after the other, so rounding may differ" * (processes > 1)
     if processes > 1 and found["sync_bn"]:

@@ -77,7 +77,7 @@ class Fault:
 
 
 class Tally:
-    """The outcomes of this process's steps since they were last read. Adding one is a few tiny device operations.
+    """The outcomes of this process's steps since they were last read. Adding one does not wait for the device.
 
     largest_share: the most images of this process in any step. streak: updates skipped in a row up to now, int64 [],
     which a read leaves alone; longest: the most since the last read.
@@ -88,7 +88,7 @@ class Tally:
         self.streak = torch.tensor(streak, device=device)
         self.longest = self.streak.clone()
         self._steps = 0
-        self._first = torch.tensor(NEVER, device=device)  # of these steps, the first with a fault
+        self._first = torch.tensor(NEVER, device=device)  # which of these steps, from 0, was the first with a fault
         self._faulty_N = torch.zeros(largest_share, dtype=torch.bool, device=device)  # of that step's share
 
     def __iadd__(self, outcome: Outcome) -> Tally:
@@ -104,9 +104,9 @@ class Tally:
         return self
 
     def first_fault(self, world: World, plan: Plan, step: int) -> Fault:
-        """The first fault on any process since the last read, after `step` updates; call it where there was one.
+        """The first fault on any process since the last read; call it after `step` updates, if there was a fault.
 
-        Collective, a host sync.
+        plan: says where this process's share lay in the batch of that step. Collective, with a host sync.
         """
         mine = int(self._first)
         first = world.least(mine)
@@ -119,7 +119,7 @@ class Tally:
         return Fault(faulty_step, [position for position, faulty in enumerate(world.total(marks)) if faulty])
 
     def begin_anew(self) -> None:
-        """Forget what has been read."""
+        """Forget what has been read, but for the streak."""
         self.sums.zero_()
         self.longest = self.streak.clone()
         self._first.fill_(NEVER)
