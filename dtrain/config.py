@@ -124,7 +124,7 @@ class TrainConfig:
         flags=("--weight-decay", "--wd"),
     )
     batch_size: Staged = setting(
-        Staged.of(128),
+        Staged.parse(128),
         "Optimization",
         "result",
         "images in one step over all processes together; 64,640@200 changes it at epoch 200",
@@ -452,7 +452,7 @@ def _convert(kind: Any, value: Any) -> Any:
     if kind in (int, float):
         return _number(kind, value)
     if kind is Staged:
-        return Staged.of(value)
+        return Staged.parse(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # channels = 1 in a file
     if not isinstance(value, str | Path):

@@ -207,7 +207,7 @@ class Plan:
         batches = [stage.batch_size // 2 // self.unit * self.unit for stage in self.stages]
         tries, smallest = [], min(min(share.size for share in stage.shares) for stage in self.stages)
         if all(_smallest_share(batch, self.world_size, self.unit) >= self.grad_accum_steps for batch in batches):
-            halved = Staged.of(",".join([str(batches[0]), *map(_change, self.stages[1:], batches[1:])]))
+            halved = Staged.parse(",".join([str(batches[0]), *map(_change, self.stages[1:], batches[1:])]))
             tries.append(f"--batch-size {halved}")
         if (finer := min(2 * self.grad_accum_steps, smallest)) > self.grad_accum_steps:
             tries.append(f"--grad-accum-steps {finer}, which keeps the batch")

@@ -139,7 +139,7 @@ def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size
         train_size=train_size,
         world_size=world_size,
         batch_size=config.batch_size,
-        image_size=config.image_size or Staged.of(image_size),
+        image_size=config.image_size or Staged.parse(image_size),
         grad_accum_steps=config.grad_accum_steps,
         mixing=_mixing(config),
         epochs=config.epochs,

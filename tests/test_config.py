@@ -39,7 +39,7 @@ def test_defaults_give_way_to_the_recipe_to_the_file_to_the_flags(tmp_path: Path
     expected = {  # value and origin; the recipe says batch_size 64, epochs 8, shift 2, norm=batch
         "seed": (0, "default"),
         "epochs": (8.0, recipe),
-        "batch_size": (Staged.of(100), str(file)),
+        "batch_size": (Staged.parse(100), str(file)),
         "shift": (1, "flag"),
         "arch_opt": ({"norm": "batch", "dropout": "false"}, "flag"),
         "recipe": ("allcnn_c-digits", "architecture and data set"),

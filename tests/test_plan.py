@@ -322,7 +322,7 @@ def test_where_memory_is_short_half_as_many_images_at_a_time_are_advised(
     assert made.lighter() == told
 
 
-@pytest.mark.parametrize("value", [64, "64", " 64 ", 64.0, Staged.of(64), "64,64@3"])
+@pytest.mark.parametrize("value", [64, "64", " 64 ", 64.0, Staged.parse(64), "64,64@3"])
 def test_a_size_that_never_changes_is_one_value_however_it_is_given(value: Any) -> None:
     assert plan(batch_size=value) == plan(batch_size=64)
     assert TrainConfig(arch="x", batch_size=value).digest() == TrainConfig(arch="x", batch_size=64).digest()

@@ -14,11 +14,11 @@ from dtrain.settings.staged import Staged
 
 
 def test_each_value_counts_from_its_epoch_to_the_next() -> None:
-    size = Staged.of("16,24@1,32@4")
+    size = Staged.parse("16,24@1,32@4")
     assert size.changes == ((0, 16), (1, 24), (4, 32))
     assert [size.at(epoch) for epoch in range(6)] == [16, 24, 24, 24, 32, 32]
     assert (size.values, size.largest, size.last) == ((16, 24, 32), 32, 32)
-    falling = Staged.of("32,16@2")
+    falling = Staged.parse("32,16@2")
     assert (falling.largest, falling.last) == (32, 16)
 
 
@@ -34,10 +34,10 @@ def test_each_value_counts_from_its_epoch_to_the_next() -> None:
     ],
 )
 def test_the_text_is_the_shortest_and_means_the_same(given: Any, text: str, plain: int | str) -> None:
-    staged = Staged.of(given)
+    staged = Staged.parse(given)
     assert (str(staged), staged.plain) == (text, plain)
-    assert Staged.of(text) == Staged.of(plain) == Staged.of(staged) == staged
-    assert hash(Staged.of(text)) == hash(staged)
+    assert Staged.parse(text) == Staged.parse(plain) == Staged.parse(staged) == staged
+    assert hash(Staged.parse(text)) == hash(staged)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_flags_files_and_python_say_it_alike_and_a_run_keeps_it(tmp_path: Path) 
     file.write_text('arch = "allcnn_c"\nrecipe = "none"\nbatch_size = "64,640@200"\nimage_size = 24\n')
     from_file = TrainConfig.of(file)
     from_flags = TrainConfig.of(arch="allcnn_c", recipe="none", batch_size="64,640@200", image_size="24")
-    by_hand = TrainConfig(arch="allcnn_c", batch_size=Staged.of("64,640@200"), image_size=Staged.of(24))
+    by_hand = TrainConfig(arch="allcnn_c", batch_size=Staged.parse("64,640@200"), image_size=Staged.parse(24))
     assert from_file.results() == from_flags.results() == by_hand.results()
     assert (from_file.settings()["batch_size"], from_file.settings()["image_size"]) == ("64,640@200", 24)
-    assert TrainConfig.stored(from_file.settings()).batch_size == Staged.of("64,640@200")
+    assert TrainConfig.stored(from_file.settings()).batch_size == Staged.parse("64,640@200")
 
 
 def test_images_are_stored_in_the_largest_size() -> None:
-    config = TrainConfig(arch="x", image_size=Staged.of("32,48@3,24@5"))
+    config = TrainConfig(arch="x", image_size=Staged.parse("32,48@3,24@5"))
     assert config.conversion().image_size == 48

@@ -21,25 +21,25 @@ class Staged:
     """A whole number greater than 0 for every epoch of a run.
 
     changes: (epoch, value) pairs in ascending order of their epochs, the first of them at epoch 0. Neighbours differ in
-    value, so two settings that mean the same are equal and have the same text. Make one with `of`.
+    value, so two settings that mean the same are equal and have the same text. Make one with `parse`.
     """
 
     changes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, value: object) -> Staged:
+    def parse(cls, given: object) -> Staged:
         """From a whole number, the text of a flag or of a TOML file, or another Staged.
 
         Raises UsageError that says what to give; naming the setting is left to the caller.
         """
-        if isinstance(value, Staged):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int | str) or isinstance(value, bool):
+        if isinstance(given, Staged):
+            return given
+        if isinstance(given, float) and given.is_integer():
+            given = int(given)
+        if not isinstance(given, int | str) or isinstance(given, bool):
             raise UsageError(_GIVE)
         changes: list[tuple[int, int]] = []
-        for part in str(value).split(","):
+        for part in str(given).split(","):
             epoch, number = _parsed(part.strip(), first=not changes)
             if number < 1:
                 raise UsageError("give whole numbers greater than 0")
