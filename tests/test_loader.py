@@ -286,18 +286,28 @@ def test_steps_in_any_order_give_the_same_batches(beton: Beton, kind: str) -> No
         assert [digest(loader.batch(step)) for step in steps] == [wanted[step] for step in steps]
 
 
-@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
-@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize(
+    ("size", "wanted", "settings"),
+    [
+        (20, [10, 10], {}),
+        (20, [4, 4, 4, 4, 4], EVERYTHING),
+        (64, [21, 21, 22], {}),
+        (64, [20, 22, 22], EVERYTHING),  # which mixes images in pairs
+        (64, [12, 13, 13, 13, 13], {}),
+        (64, [12, 12, 14, 12, 14], EVERYTHING),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int | list) else "everything" if value else "moves",
+)
 def test_the_shares_of_all_processes_are_the_batch_of_one(
-    dataset: DataSet, kind: str, world: int, settings: Any
+    dataset: DataSet, kind: str, size: int, wanted: list[int], settings: Any
 ) -> None:
-    config = config_of(loader=kind, **settings)
+    config = config_of(loader=kind, batch_size=size, **settings)
     whole = dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU)
-    plan = plan_of(config, world)
-    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(world)]
-    for step in (0, 1, 6, 14):
+    plan = plan_of(config, len(wanted))
+    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(len(wanted))]
+    for step in (0, 1, 2, plan.total_steps - 1):
         batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
-        assert [len(part.labels) for part in parts] == [BATCH // world] * world
+        assert [len(part.labels) for part in parts] == wanted
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
         assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
         assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
@@ -324,14 +334,14 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
         return sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
 
     wanted = by_hand(decide(AUGMENTATION, 1, indices, SIZE).moves)
-    assert [checksum(config, 7, world) for world in (1, 2, 4)] == [wanted] * 3
+    assert [checksum(config, 7, world) for world in (1, 2, 3, 4)] == [wanted] * 4
     others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
     others += [replace(config, **{name: value}) for name, value in EVERYTHING.items()]
     assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 11
     everything = config_of(loader="memory", **EVERYTHING)
     d = decide(Augmentation.of(everything), 1, indices, SIZE)
     wanted = by_hand(d.moves, d.maps, d.factors, d.mixtures, d.erasures)
-    assert [checksum(everything, 7, world) for world in (1, 2, 5)] == [wanted] * 3
+    assert [checksum(everything, 7, world) for world in (1, 2, 3, 5)] == [wanted] * 4
 
 
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:

@@ -74,7 +74,7 @@ class Staged:
         return self.last if len(self.changes) == 1 else str(self)
 
     def __str__(self) -> str:
-        """The shortest text that means this; `Staged.of` reads it back."""
+        """The shortest text that means this; `parse` reads it back."""
         (_, first), *later = self.changes
         return ",".join([str(first), *(f"{value}@{epoch}" for epoch, value in later)])
 
