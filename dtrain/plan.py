@@ -316,6 +316,13 @@ def check_batch(*, batch_size: Staged, grad_accum_steps: int, mixing: Sequence[s
             )
 
 
+def _check_fits(batch: int, train_size: int, world_size: int, unit: int) -> None:
+    if batch > train_size:
+        most = train_size // unit * unit
+        fix = f"give at most {most}" if most >= world_size * unit else "use fewer processes"
+        raise UsageError(f"--batch-size {batch} is larger than the training set of {train_size} images; {fix}")
+
+
 def make_plan(
     *,
     seed: int,
@@ -351,10 +358,7 @@ def make_plan(
         first_step, batch = _steps_until(stages, epoch), batch_size.at(epoch)
         if first_step >= steps if steps is not None else epoch >= epochs:
             break  # so a batch that the run does not reach need not fit the training set
-        if batch > train_size:
-            most = train_size // unit * unit
-            fix = f"give at most {most}" if most >= world_size * unit else "use fewer processes"
-            raise UsageError(f"--batch-size {batch} is larger than the training set of {train_size} images; {fix}")
+        _check_fits(batch, train_size, world_size, unit)
         shares = shares_of(batch, world_size=world_size, grad_accum_steps=grad_accum_steps, unit=unit)
         first_sample, per_epoch = _samples_before(stages, first_step), train_size // batch
         stages.append(Stage(epoch, first_step, first_sample, batch, image_size.at(epoch), per_epoch, shares))
