@@ -10,9 +10,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from dtrain.settings import SETTINGS, flag_of
+from dtrain.settings.staged import Staged
 from dtrain.settings.values import Setting
 
-METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH", tuple[str, ...]: "NAME,NAME", dict[str, str]: "K=V"}
+METAVARS = {
+    bool: " ",
+    int: "N",
+    Staged: "N",
+    float: "X",
+    Path: "PATH",
+    tuple[str, ...]: "NAME,NAME",
+    dict[str, str]: "K=V",
+}
 
 
 def with_flags(function: Callable[..., None], names: Sequence[str] = tuple(SETTINGS)) -> Callable[..., None]:

@@ -1,13 +1,19 @@
-"""Every number of a run that follows from others, once, and why: pure, without torch, data or processes.
+"""Every derived number of a run, computed once and explained: pure, without torch, data or processes.
 
-A Plan answers for any step, without history: which samples it is made of, which part of them is whose, its learning
-rate, and whether something is due after it. "After step k" counts updates done: step 0 is before the first.
+make_plan(...) -> Plan    from a handful of settings, the size of the training set and the number of processes
+Plan.at(step)  -> Now     what may change during a run, for one step: batch, shares, image size, learning rate
+Share                     the part of a step's batch that one process computes, and its micro-batches
+
+Steps are counted in two ways, as everywhere in dtrain. `step` of `at` and `batch` is the 0-based number of an update;
+"after `step` updates" (`logs_at`, `epochs_done` and the like) counts the updates done, so 0 is before the first.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,27 +21,86 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain import keyed, schedules
-from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
 from dtrain.plugins import parse_options
-from dtrain.ranges import Every, flag_of, parse_every
+from dtrain.ranges import Every
+from dtrain.settings.staged import Staged
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a global batch that one process computes: `size` images from position `first` of the batch on.
+
+    micro_batches: the sizes of the parts, one after the other, whose gradients are computed separately and summed.
+    mean_over: the gradient of each image's loss is divided by this many images, before it is averaged over processes;
+    (batch size) / (number of processes) makes the average the gradient of the mean loss over the global batch.
+    """
+
+    first: int
+    micro_batches: tuple[int, ...]
+    mean_over: float
+
+    @property
+    def size(self) -> int:
+        """The number of images in the share."""
+        return sum(self.micro_batches)
+
+    @property
+    def positions(self) -> slice:
+        """Where the share lies in the global batch."""
+        return slice(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with one batch size and one image size. It lasts whole epochs, unless the run ends in it.
+
+    first_epoch, first_step, first_sample: epochs, updates and images before the stage. shares: one for each process.
+    """
+
+    first_epoch: int
+    first_step: int
+    first_sample: int
+    batch_size: int
+    image_size: int
+    steps_per_epoch: int
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True)
+class Now:
+    """What may change during a run, for one step.
+
+    epoch: counted from 0. batch_size: images of all processes together. image_size: side in pixels of the images that
+    the network sees. first: position in the epoch's order at which the batch begins. samples: images that the run has
+    seen before this step. shares: the part of each process. lr_factor: what every group's own rate is multiplied by.
+    """
+
+    step: int
+    epoch: int
+    batch_size: int
+    image_size: int
+    first: int
+    samples: int
+    shares: tuple[Share, ...]
+    lr_factor: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The derived numbers of one run. Sizes are in images; `batch_size` counts all processes together.
+    """The derived numbers of one run. Sizes are in images; a batch size counts all processes together.
 
-    batch_size = world_size x share, share = grad_accum_steps x micro_batch, steps_per_epoch = train_size // batch_size.
+    stages: those that the run reaches, in order. unreached: (epoch, batch size, image size) of those that it does not.
+    unit: how many images belong together in a share: 2 where images are mixed in pairs, else 1.
     """
 
     seed: int
     train_size: int
     world_size: int
-    batch_size: int
-    batch_unit: int
-    share: int
-    micro_batch: int
-    steps_per_epoch: int
+    grad_accum_steps: int
+    unit: int
+    stages: tuple[Stage, ...]
+    unreached: tuple[tuple[int, int, int], ...]
     total_steps: int
     warmup_samples: int
     schedule: str
@@ -44,38 +109,74 @@ class Plan:
     eval_every: Every
     save_every: Every
 
-    @property
-    def total_samples(self) -> int:
-        """Images that the whole run sees."""
-        return self.total_steps * self.batch_size
+    # -- one step ------------------------------------------------------------------------------------------------------
 
-    def batch_size_at(self, step: int) -> int:
-        """The size of the global batch that step `step` (0-based) is made of."""
-        return self.batch_size
-
-    def epoch_at(self, step: int) -> int:
-        """The epoch (0-based) that step `step` belongs to."""
-        return step // self.steps_per_epoch
+    def at(self, step: int) -> Now:
+        """What holds for the 0-based step `step`. A function of the step alone; some microseconds."""
+        stage = _stage_at(self.stages, step)
+        epochs, turn = divmod(step - stage.first_step, stage.steps_per_epoch)
+        samples = _samples_before(self.stages, step)
+        return Now(
+            step=step,
+            epoch=stage.first_epoch + epochs,
+            batch_size=stage.batch_size,
+            image_size=stage.image_size,
+            first=turn * stage.batch_size,
+            samples=samples,
+            shares=stage.shares,
+            lr_factor=schedules.factor(
+                self.schedule,
+                samples,
+                self.total_samples,
+                warmup=self.warmup_samples,
+                batch=stage.batch_size,
+                options=dict(self.schedule_options),
+            ),
+        )
 
     def batch(self, step: int) -> npt.NDArray[np.int64]:
-        """Positions in the training set of the whole global batch of step `step`, int64 [batch_size]."""
-        first = step % self.steps_per_epoch * self.batch_size
-        return _order(self.train_size, self.seed, self.epoch_at(step))[first : first + self.batch_size]
+        """Positions in the training set of the global batch of step `step`, int64 [batch size].
 
-    def share_of(self, step: int, rank: int) -> npt.NDArray[np.int64]:
-        """The part of `batch(step)` that process `rank` computes: the rank-th contiguous one, int64 [share]."""
-        return self.batch(step)[rank * self.share : (rank + 1) * self.share]
+        Sorts the training set for the first step of an epoch, O(n log n); later steps of that epoch are a slice.
+        """
+        now = self.at(step)
+        return _order(self.train_size, self.seed, now.epoch)[now.first : now.first + now.batch_size]
 
-    def lr_factor(self, samples: int) -> float:
-        """What every group's own learning rate is multiplied by in the step that begins with `samples` seen."""
-        return schedules.factor(
-            self.schedule,
-            samples,
-            self.total_samples,
-            warmup=self.warmup_samples,
-            batch=self.batch_size,
-            options=dict(self.schedule_options),
-        )
+    # -- the whole run -------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def total_samples(self) -> int:
+        """Images that the whole run sees, over all its stages."""
+        return _samples_before(self.stages, self.total_steps)
+
+    def epochs_done(self, step: int) -> float:
+        """Passes over the training set after `step` updates, such as 2.5; an epoch's left-out tail counts as seen."""
+        return _epochs_done(self.stages, step)
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """The sides in pixels of the images that the network sees during the run, each once, in ascending order."""
+        return tuple(sorted({stage.image_size for stage in self.stages}))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Every (images of a micro-batch, side in pixels) of the run on any process, each once, in ascending order."""
+        every = {
+            (size, stage.image_size) for stage in self.stages for share in stage.shares for size in share.micro_batches
+        }
+        return tuple(sorted(every))
+
+    @property
+    def largest_share(self) -> int:
+        """The most images that a process computes in a step."""
+        return max(share.size for stage in self.stages for share in stage.shares)
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """The most images that a process computes at a time."""
+        return max(size for size, _ in self.shapes)
+
+    # -- what is due ---------------------------------------------------------------------------------------------------
 
     def logs_at(self, step: int) -> bool:
         """Whether a row is due after `step` updates: every `log_interval`, and at the end."""
@@ -94,100 +195,228 @@ class Plan:
             return True
         if every.steps is not None:
             return step % every.steps == 0
-        if every.epochs is not None:  # the first step at or past each multiple of the interval
-            per_interval = every.epochs * self.steps_per_epoch
-            return step > 0 and math.floor(step / per_interval + 1e-9) > math.floor((step - 1) / per_interval + 1e-9)
+        if every.epochs is not None and step > 0:  # due after the first step at or past each multiple of the interval
+            before, after = (self.epochs_done(done) / every.epochs for done in (step - 1, step))
+            return math.floor(after + 1e-9) > math.floor(before + 1e-9)
         return False
+
+    # -- for people ----------------------------------------------------------------------------------------------------
 
     def lighter(self) -> str:
         """What to try where a step needs too much memory: about half as many images at a time."""
-        accumulation, tries = self.share // self.micro_batch, []
-        if batch := self.batch_size // 2 // self.batch_unit * self.batch_unit:
-            tries.append(f"--batch-size {batch}")
-        finer = (k for k in range(2 * accumulation, self.share + 1) if self.share % k == 0)
-        if (steps := next(finer, None)) is not None:
-            tries.append(f"--grad-accum-steps {steps}, which keeps the batch")
+        batches = [stage.batch_size // 2 // self.unit * self.unit for stage in self.stages]
+        tries, smallest = [], min(min(share.size for share in stage.shares) for stage in self.stages)
+        if all(_smallest_share(batch, self.world_size, self.unit) >= self.grad_accum_steps for batch in batches):
+            halved = Staged.parse(",".join([str(batches[0]), *map(_change, self.stages[1:], batches[1:])]))
+            tries.append(f"--batch-size {halved}")
+        if (finer := min(2 * self.grad_accum_steps, smallest)) > self.grad_accum_steps:
+            tries.append(f"--grad-accum-steps {finer}, which keeps the batch")
         return f"try {', or '.join(tries)}" if tries else "one image at a time is too much: use a smaller network"
 
     def lines(self, lr: float) -> list[str]:
         """The plan for people, each number with its reason. lr: the peak learning rate."""
-        share = f"{self.world_size} processes x {self.share}" if self.world_size > 1 else "1 process"
-        if self.share != self.micro_batch:
-            share += f", each in {self.share // self.micro_batch} micro-batches of {self.micro_batch}"
-        left = self.train_size - self.steps_per_epoch * self.batch_size
-        tail = f"; {left} images of each epoch's order are left out" if left else ""
-        warm = f" after a warm-up of {self.warmup_samples} images" if self.warmup_samples else ""
-        return [
-            f"batch {self.batch_size} = {share}",
-            f"{self.steps_per_epoch} steps an epoch = {self.train_size} // {self.batch_size}{tail}",
-            f"{self.total_steps} steps in all = {self.total_steps / self.steps_per_epoch:.4g} epochs",
-            f"peak rate {lr:g}, {self.schedule}{warm}",
+        lines = []
+        for stage in self.stages:
+            if len(self.stages) > 1:
+                size = f"images of {stage.image_size} x {stage.image_size} pixels"
+                begins = (
+                    f"epoch {stage.first_epoch}, after {stage.first_step} steps" if stage.first_step else "the start"
+                )
+                lines.append(f"from {begins}: {size}")
+            left = self.train_size - stage.steps_per_epoch * stage.batch_size
+            tail = f"; {left} images of each epoch's order are left out" if left else ""
+            lines.append(f"batch {stage.batch_size} = {self._shares_told(stage)}")
+            lines.append(f"{stage.steps_per_epoch} steps an epoch = {self.train_size} // {stage.batch_size}{tail}")
+        epochs = self.epochs_done(self.total_steps)
+        lines += [
+            f"epoch {epoch}, with batch {batch} and images of {size} x {size} pixels, comes after the end of this run"
+            for epoch, batch, size in self.unreached
         ]
+        warm = f" after a warm-up of {self.warmup_samples} images" if self.warmup_samples else ""
+        lines.append(f"{self.total_steps} steps in all = {epochs:.4g} epochs")
+        lines.append(f"peak rate {lr:g}, {self.schedule}{warm}")
+        return lines
+
+    def _shares_told(self, stage: Stage) -> str:
+        sizes = _either(share.size for share in stage.shares)
+        text = f"{self.world_size} processes x {sizes}" if self.world_size > 1 else "1 process"
+        if self.grad_accum_steps > 1:
+            parts = _either(size for share in stage.shares for size in share.micro_batches)
+            text += f", each in {self.grad_accum_steps} micro-batches of {parts}"
+        return text
 
 
-# the epoch being read and, near its end, the one prefetched; of a pure function, so no state
+def _either(sizes: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(sizes))))
+
+
+def _change(stage: Stage, value: int) -> str:
+    return f"{value}@{stage.first_epoch}"
+
+
+# two epochs: the one that is trained, and near its end also the one whose first batches are made ahead
 @functools.lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return keyed.order(n, seed, epoch)
 
 
-def check_batch(config: TrainConfig, world_size: int) -> int:
-    """What the batch must be a multiple of. Raises UsageError where it is not, naming the nearest sizes that are.
+# -- making one --------------------------------------------------------------------------------------------------------
 
-    It divides over processes and micro-batches, and a share into the pairs that mixing needs.
+
+def cuts(images: int, parts: int, unit: int = 1) -> tuple[int, ...]:
+    """Where `images` are cut into `parts` that differ by at most `unit`: parts + 1 positions, from 0 to `images`.
+
+    Cut r lies at (r * (images // unit) // parts) * unit, so each part but the last is a multiple of `unit`.
     """
-    batch, unit = config.batch_size, world_size * config.grad_accum_steps
-    mixing = [flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0]
-    if mixing:
-        unit = math.lcm(unit, 2 * world_size)
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        sizes = f"{below} or {above}" if below else str(above)
-        accumulated = f" x {config.grad_accum_steps} micro-batches" if config.grad_accum_steps > 1 else ""
-        pairs = f" into the pairs of {' and '.join(mixing)}" if mixing else ""
-        processes = "1 process" if world_size == 1 else f"{world_size} processes"
-        raise UsageError(f"--batch-size {batch} does not divide over {processes}{accumulated}{pairs}; try {sizes}")
-    return unit
+    units = images // unit
+    return (*(r * units // parts * unit for r in range(parts)), images)
 
 
-def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
-    """The plan of `config` for a training set of `train_size` images on `world_size` processes.
+def shares_of(batch_size: int, *, world_size: int, grad_accum_steps: int, unit: int) -> tuple[Share, ...]:
+    """The share of each process. Pairs (`unit` 2) stay within a share; micro-batches may divide them."""
+    bounds = cuts(batch_size, world_size, unit)
+    sizes = _lengths(bounds)
+    micro_batches = {size: _lengths(cuts(size, grad_accum_steps)) for size in set(sizes)}
+    mean_over = batch_size / world_size
+    return tuple(Share(first, micro_batches[size], mean_over) for first, size in zip(bounds, sizes, strict=False))
 
-    Raises UsageError where a batch does not divide (`check_batch`), is larger than the training set, or a warm-up
-    leaves no step for the schedule.
+
+def _lengths(bounds: Sequence[int]) -> tuple[int, ...]:
+    return tuple(end - first for first, end in zip(bounds, bounds[1:], strict=False))
+
+
+def _smallest_share(batch_size: int, world_size: int, unit: int) -> int:
+    return batch_size // unit // world_size * unit
+
+
+def check_batch(*, batch_size: Staged, grad_accum_steps: int, mixing: Sequence[str], world_size: int) -> None:
+    """Raise UsageError for a batch that cannot be shared by `world_size` processes, saying what can.
+
+    mixing: the flags that mix images in pairs, such as ("--mixup",); then a batch has to be even, and every process
+    needs a pair. Needs no data set, so it is told before one is converted.
     """
-    batch, unit = config.batch_size, check_batch(config, world_size)
+    unit, by = 2 if mixing else 1, " and ".join(mixing)
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    for batch in batch_size.values:
+        if batch % unit:
+            sizes = f"{batch - 1} or {batch + 1}" if batch > 1 else str(batch + 1)
+            raise UsageError(f"--batch-size {batch} does not divide into the pairs of {by}; try {sizes}")
+        least = world_size * unit
+        if batch < least:
+            each = f"a pair of images for {by}" if mixing else "an image"
+            raise UsageError(
+                f"--batch-size {batch} is too small for {processes}, each of which needs {each}; "
+                f"give at least {least}, or start at most {batch // unit}"
+            )
+        smallest = _smallest_share(batch, world_size, unit)
+        if grad_accum_steps > smallest:
+            raise UsageError(
+                f"--grad-accum-steps {grad_accum_steps}: of --batch-size {batch} over {processes}, one gets only "
+                f"{smallest} images, too few for so many micro-batches; give at most {smallest}, or a larger batch"
+            )
+
+
+def _check_fits(batch: int, train_size: int, world_size: int, unit: int) -> None:
     if batch > train_size:
         most = train_size // unit * unit
-        fix = f"give at most {most}" if most else "use fewer processes"
+        fix = f"give at most {most}" if most >= world_size * unit else "use fewer processes"
         raise UsageError(f"--batch-size {batch} is larger than the training set of {train_size} images; {fix}")
-    per_epoch = train_size // batch
-    total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
-    warmup = round(config.warmup_epochs * per_epoch)
-    if warmup >= total and config.origin("warmup_epochs") not in ("flag", "default"):
-        warmup = total // 2  # a recipe's, meant for its own length; what fits means the same from every layer
+
+
+def make_plan(
+    *,
+    seed: int,
+    train_size: int,
+    world_size: int,
+    batch_size: Staged,
+    image_size: Staged,
+    grad_accum_steps: int,
+    mixing: Sequence[str],
+    epochs: float,
+    steps: int | None,
+    warmup_epochs: float,
+    warmup_yields: bool,
+    schedule: str,
+    schedule_opt: dict[str, str],
+    log_interval: int,
+    eval_every: Every,
+    save_every: Every,
+) -> Plan:
+    """The plan of a run on a training set of `train_size` images with `world_size` processes.
+
+    epochs: how long to train, unless `steps` says it in updates. warmup_yields: a warm-up that leaves no step for the
+    schedule is shortened to half of the run, as one from a recipe that was written for a longer run; else it is an
+    error. mixing: as `check_batch` has it.
+    Raises UsageError where a batch cannot be shared (`check_batch`) or is larger than the training set, a warm-up
+    leaves no step, or an option of the schedule is not one.
+    """
+    check_batch(batch_size=batch_size, grad_accum_steps=grad_accum_steps, mixing=mixing, world_size=world_size)
+    unit = 2 if mixing else 1
+    begins = sorted({epoch for staged in (batch_size, image_size) for epoch, _ in staged.changes})
+    stages: list[Stage] = []
+    for epoch in begins:
+        first_step, batch = _steps_until(stages, epoch), batch_size.at(epoch)
+        if first_step >= steps if steps is not None else epoch >= epochs:
+            break  # so a batch that the run does not reach need not fit the training set
+        _check_fits(batch, train_size, world_size, unit)
+        shares = shares_of(batch, world_size=world_size, grad_accum_steps=grad_accum_steps, unit=unit)
+        first_sample, per_epoch = _samples_before(stages, first_step), train_size // batch
+        stages.append(Stage(epoch, first_step, first_sample, batch, image_size.at(epoch), per_epoch, shares))
+    total = steps if steps is not None else max(1, _steps_until(stages, epochs))
+    stages = [stage for stage in stages if stage.first_step < total]  # a fraction of an epoch may round to no step
+    warmup = _steps_until(stages, warmup_epochs)
+    if warmup >= total and warmup_yields:
+        warmup = total // 2
     if warmup and warmup >= total:
         raise UsageError(
-            f"--warmup-epochs {config.warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
-            f"give less than {total / per_epoch:g}"
+            f"--warmup-epochs {warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
+            f"give less than {_epochs_done(stages, total):g}"
         )
-    function = schedules.SCHEDULES[config.schedule]
-    options = parse_options(function, config.schedule_opt, what=f"schedule {config.schedule}")
-    schedules.check(config.schedule, options)
+    function = schedules.SCHEDULES[schedule]
+    options = parse_options(function, schedule_opt, what=f"schedule {schedule}")
+    schedules.check(schedule, options)
     return Plan(
-        seed=config.seed,
+        seed=seed,
         train_size=train_size,
         world_size=world_size,
-        batch_size=batch,
-        batch_unit=unit,
-        share=batch // world_size,
-        micro_batch=batch // world_size // config.grad_accum_steps,
-        steps_per_epoch=per_epoch,
+        grad_accum_steps=grad_accum_steps,
+        unit=unit,
+        stages=tuple(stages),
+        unreached=tuple((epoch, batch_size.at(epoch), image_size.at(epoch)) for epoch in begins[len(stages) :]),
         total_steps=total,
-        warmup_samples=warmup * batch,
-        schedule=config.schedule,
+        warmup_samples=_samples_before(stages, warmup),
+        schedule=schedule,
         schedule_options=tuple(sorted(options.items())),
-        log_interval=config.log_interval,
-        eval_every=parse_every(config.eval_every, "--eval-every", clock=False),
-        save_every=parse_every(config.checkpoint_every, "--checkpoint-every", clock=True),
+        log_interval=log_interval,
+        eval_every=eval_every,
+        save_every=save_every,
     )
+
+
+# -- walking through stages --------------------------------------------------------------------------------------------
+
+
+def _stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage of the 0-based step `step`; past the end of the run, the last one."""
+    return stages[bisect.bisect_right(stages, step, key=lambda stage: stage.first_step) - 1]
+
+
+def _samples_before(stages: Sequence[Stage], step: int) -> int:
+    """Images seen after `step` updates."""
+    if not stages:
+        return 0
+    stage = _stage_at(stages, step)
+    return stage.first_sample + (step - stage.first_step) * stage.batch_size
+
+
+def _epochs_done(stages: Sequence[Stage], step: int) -> float:
+    stage = _stage_at(stages, step)
+    return stage.first_epoch + (step - stage.first_step) / stage.steps_per_epoch
+
+
+def _steps_until(stages: Sequence[Stage], epochs: float) -> int:
+    """Updates after which `epochs` passes are done; a fraction of an epoch is rounded to whole steps."""
+    if not stages:
+        return 0
+    stage = stages[bisect.bisect_right(stages, epochs, key=lambda stage: stage.first_epoch) - 1]
+    return stage.first_step + round((epochs - stage.first_epoch) * stage.steps_per_epoch)

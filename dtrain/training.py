@@ -1,7 +1,8 @@
-"""train(config) -> Summary: set up, then the loop. The only file that sees every room.
+"""train(config) -> Summary: sets a run up and trains it to its end. The only file that uses every part of dtrain.
 
-train      who we are, the data set, the plan, the run directory; what happens to an error
-Training   one run, ready to go: `loop` on one screen, below it the verbs that the loop is made of
+train      joins the other processes, opens data set, plan and run directory; tells an error once
+plan_of    the plan that a config means
+Training   one run that is set up: `loop`, which fits on a screen, and below it the steps that the loop is made of
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from dtrain.model.nonfinite import GIVE_UP_STEPS, told
 from dtrain.model.optimization import chosen_optimizer, set_lr
 from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, check_batch, make_plan
+from dtrain.ranges import flag_of, parse_every
 from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
 from dtrain.run.rows import EvalClock, EvalRow, TrainClock, TrainRow
 from dtrain.run.state import Best, RunClock, Stopwatch, TrainState, read_state
+from dtrain.settings.staged import Staged
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
 
@@ -72,13 +75,18 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                 dataset = console.converting(load_dataset(config))
             world.wait_for_all("prepared", CONVERSION_SECONDS)  # each host may convert for itself, one for longer
             world.same(str(dataset.facts), f"data set {config.dataset}")
-            plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
+            plan = plan_of(
+                config,
+                train_size=len(dataset.train_samples),
+                image_size=dataset.image_size,
+                world_size=world.size,
+            )
             resolved = {**asdict(machine), "world_size": world.size}
             recorder = world.main_first(
                 lambda main: open_recorder(config, main=main, command=command, resolved=resolved)
             )
             opened.callback(recorder.close, console)
-            with runtime.memory_told(f"with {plan.micro_batch} images at a time a process; {plan.lighter()}"):
+            with runtime.memory_told(f"with {plan.largest_micro_batch} images at a time a process; {plan.lighter()}"):
                 run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
                 run.state.seconds["start-up"] += time.monotonic() - started
                 try:
@@ -102,7 +110,12 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     """Meet the others, decide what to compute with, and agree with them: rank 0's precision is everybody's."""
     world.meet()
-    check_batch(config, at.size)  # what can be known is told before anything is downloaded or converted
+    check_batch(  # what can be known is told before anything is downloaded or converted
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        mixing=_mixing(config),
+        world_size=at.size,
+    )
     chosen_architecture(config)
     chosen_optimizer(config)
     trackers.find(config.track)
@@ -115,8 +128,41 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     return machine
 
 
+def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size: int) -> Plan:
+    """The plan of a run of `config` on `train_size` images with `world_size` processes.
+
+    image_size: the side in pixels of the data set's images, which counts if `config` asks for no other.
+    Raises what `make_plan` raises.
+    """
+    return make_plan(
+        seed=config.seed,
+        train_size=train_size,
+        world_size=world_size,
+        batch_size=config.batch_size,
+        image_size=config.image_size or Staged.parse(image_size),
+        grad_accum_steps=config.grad_accum_steps,
+        mixing=_mixing(config),
+        epochs=config.epochs,
+        steps=config.steps,
+        warmup_epochs=config.warmup_epochs,
+        # a recipe's warm-up is meant for the recipe's length, so it is shortened where a run is too short for it; that
+        # holds for a run's own config.toml as well, which no longer knows what came from a recipe
+        warmup_yields=config.origin("warmup_epochs") not in ("flag", "default"),
+        schedule=config.schedule,
+        schedule_opt=config.schedule_opt,
+        log_interval=config.log_interval,
+        eval_every=parse_every(config.eval_every, "--eval-every", clock=False),
+        save_every=parse_every(config.checkpoint_every, "--checkpoint-every", clock=True),
+    )
+
+
+def _mixing(config: TrainConfig) -> tuple[str, ...]:
+    """Which of the flags that mix images in pairs are in use."""
+    return tuple(flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0)
+
+
 class Training:
-    """One run, set up, and where it stands. opened: takes what has to be closed."""
+    """One run that is set up, and where it stands. opened: closes what is opened here, at the end of the run."""
 
     def __init__(
         self,
@@ -136,7 +182,7 @@ class Training:
             console.line(line)
         self.learner = learner_of(self._network(machine), config)
         self.network = self.learner.network
-        self.options = StepOptions.of(config, plan)
+        self.options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
         parameters = sum(p.numel() for p in self.network.module.parameters())
         at = (self.network.dtype, self.network.device)
         self.loader = dataset.train_loader(config, plan, world.rank, *at)
@@ -146,33 +192,35 @@ class Training:
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.told} reader")
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
-        # of this process since it was last read; the rest is in the state
-        self.tally = Tally(self.network.device, plan.share, self.state.streak)
+        # sums of this process since they were last read; what was read before is in the state
+        self.tally = Tally(self.network.device, plan.largest_share, self.state.streak)
         self.clock = RunClock(config, plan)
-        self.loader.start(self.state.step)  # opening and compiling is no training
+        self.loader.start(self.state.step)  # now, so that opening and compiling do not count as training time
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
         self.lap_samples = self.state.samples
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def loop(self) -> Summary:
-        """Train to the end. Raises Stopped after a save that was asked for."""
+        """Train to the end of the run. Raises Stopped once it is saved, if it was asked to stop."""
         config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
         learner = self.learner
         self.console.start(plan.total_steps, state.step)
         with world.listening():
             world.post(clock)
             if state.step == 0:
-                self.save(essential=True)  # finds a full or unwritable disk before the work
+                self.save(essential=True)  # a disk that is full or not writable is found before the work
             if state.eval_due:
                 self.act(self.evaluate(Ask()))
             while state.step < plan.total_steps and not state.reached:
-                batch = self.loader.batch(state.step)  # a function of (seed, step); prefetched
-                set_lr(learner.optimizer, plan.lr_factor(state.samples))
-                seed_step(config.seed, state.step, world.rank)  # torch, numpy, random: dropout and the like
-                self.tally += train_step(learner, batch, self.options)  # nothing is read here
-                state.advance(plan.batch_size_at(state.step))
-                ask = world.agreed(clock, state.step)  # signals and rank 0's clock: posted a step ago, read now
+                now = plan.at(state.step)  # epoch, batch size, image size, rate: a function of the step
+                batch = self.loader.batch(state.step)  # a function of (seed, step); made ahead of time
+                set_lr(learner.optimizer, now.lr_factor)
+                seed_step(config.seed, state.step, world.rank, self.network.device)  # dropout and the like
+                # tensors of the device: no value is read here, so the host does not wait for it
+                self.tally += train_step(learner, batch, self.options, now.shares[world.rank])
+                state.advance(now.batch_size)
+                ask = world.agreed(clock, state.step)  # signals and rank 0's clock, as of the step before
                 if state.step == self.stop_after:
                     ask = Ask(stop=True)
                 if plan.logs_at(state.step):
@@ -183,7 +231,7 @@ class Training:
             return self.finish()
 
     def act(self, ask: Ask) -> None:
-        """Save if it is due or asked for; raise Stopped if all have agreed to stop."""
+        """Save if a checkpoint is due or asked for; then raise Stopped if the processes have agreed to stop."""
         state = self.state
         over = state.step == self.plan.total_steps or state.reached
         if ask.save or ask.stop or over or self.plan.saves_at(state.step):
@@ -191,12 +239,12 @@ class Training:
         if ask.stop and (not over or state.eval_due):
             reason = self.clock.reason or self.world.stop_reason or "a signal to another process"
             again = "run the same command again"
-            if self.config.resume != "auto":  # which would go back once more, or begin another run
+            if self.config.resume != "auto":  # the same command would go back once more, or start another run
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
             try:
                 self.recorder.update(status="stopped", step=state.step, exit_code=ExitCode.STOPPED, reason=reason)
-            except StorageError as error:  # the checkpoint is there, and that is what counts
+            except StorageError as error:  # the checkpoint itself was written
                 self.console.warn(f"saved, but: {error}")
             self.console.stop()
             self.console.table("stopped", [*self._seconds(), ("to go on", again)])
@@ -204,7 +252,7 @@ class Training:
             raise Stopped(line, told_elsewhere=not self.world.is_main)
 
     def log(self) -> None:
-        """Close the log interval: read the sums, write and show a row, begin the next. Collective, a host sync."""
+        """End the log interval: sum it over processes, write and show its row. Collective, with a host sync."""
         plan, state = self.plan, self.state
         sums = self.take()
         state.tally = None
@@ -221,42 +269,43 @@ class Training:
         )
         row = TrainRow(
             step=state.step,
-            epoch=state.step / plan.steps_per_epoch,
+            epoch=plan.epochs_done(state.step),
             samples=state.samples,
             loss=sums.loss,
             top1_fraction=sums.top1_fraction,
-            lr=self.config.lr * plan.lr_factor(state.samples - plan.batch_size),
+            lr=self.config.lr * plan.at(state.step - 1).lr_factor,
             images_in_interval=sums.images,
-            skipped_steps=sums.skipped_images // plan.batch_size,
+            skipped_steps=sums.skipped_steps,
             checksum=sums.checksum,
             clock=clock,
         )
         self.recorder.row(row)
-        self.console.train(row, plan.total_steps / plan.steps_per_epoch, plan.total_steps)
+        self.console.train(row, plan.epochs_done(plan.total_steps), plan.total_steps)
 
     def take(self) -> Sums:
-        """The sums of the open log interval over all processes, kept in the state; the device's begin anew.
+        """Read this process's sums, add them up over all processes and to the open log interval, and return that.
 
-        Raises DivergedError on every process if a loss was not finite, or too many updates in a row were skipped.
-        Collective, a host sync.
+        Raises DivergedError on every process if a loss was not finite, or if too many updates in a row were skipped.
+        Collective, with a host sync.
         """
         state, tally = self.state, self.tally
         new = self.world.total(tally.sums)
         sums, state.streak = Sums.of(state.add(new)), int(tally.streak)
-        if Sums.of(new).nonfinite or Sums.of(new).skipped_images:
-            self._tell_fault(Sums.of(new).skipped_images // self.plan.batch_size)
+        if Sums.of(new).nonfinite or Sums.of(new).skipped_steps:
+            self._tell_fault(Sums.of(new).skipped_steps)
         tally.begin_anew()
         return sums
 
     def _tell_fault(self, skipped_steps: int) -> None:
-        """Name the first step since the last read whose loss or gradient was not finite, and its samples. Collective.
+        """Name the first step since the last read whose loss or gradient was not finite, and its samples.
 
-        Raises DivergedError on every process unless its update was skipped, and so were few enough in a row.
+        Collective. Raises DivergedError on every process unless faulty updates are to be skipped and fewer than
+        GIVE_UP_STEPS of them came in a row. skipped_steps: how many since the last read.
         """
-        fault, path = self.tally.first_fault(self.world), self.world.from_main(lambda: self.recorder.path)
-        step, longest = self.state.step - fault.steps_ago, int(self.tally.longest)
-        samples = self.dataset.train_samples[self.plan.batch(step - 1)[fault.positions]]
-        what, look = told(step, samples.tolist()), f"dtrain replay {shlex.quote(shown(path))} --step {step}"
+        fault = self.tally.first_fault(self.world, self.plan, self.state.step)
+        path, longest = self.world.from_main(lambda: self.recorder.path), int(self.tally.longest)
+        samples = self.dataset.train_samples[self.plan.batch(fault.step - 1)[fault.positions]]
+        what, look = told(fault.step, samples.tolist()), f"dtrain replay {shlex.quote(shown(path))} --step {fault.step}"
         advice = f"lower --lr, add --warmup-epochs or --clip-grad; to look at it: {look}"
         if not self.options.skip_nonfinite:
             raise DivergedError(f"{what}; the last checkpoint is from before it; {advice}")
@@ -266,9 +315,9 @@ class Training:
         self.console.warn(f"{skipped_steps} updates were skipped {what}; to look at it: {look}")
 
     def evaluate(self, asked: Ask) -> Ask:
-        """Evaluate raw and EMA weights, write and show the rows; what is agreed meanwhile is added to `asked`.
+        """Evaluate the raw and the EMA weights, write and show their rows. Collective.
 
-        Asked to stop, it leaves the evaluation for the resume. Collective.
+        Returns `asked` with what was asked for meanwhile. If the run is to stop, the evaluation is left for the resume.
         """
         state, modules = self.state, {"raw": self.network.module}
         if self.learner.ema is not None:
@@ -277,7 +326,7 @@ class Training:
         if asked.stop:
             return asked
         if self.network.device.type == "cuda":
-            torch.cuda.synchronize(self.network.device)  # what is queued is training
+            torch.cuda.synchronize(self.network.device)  # what the device has queued belongs to training time
         images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
         advice = f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
         told = runtime.memory_told(f"in an evaluation of {images} images at a time; {advice}")
@@ -292,7 +341,7 @@ class Training:
         state = self.state
         row = EvalRow(
             step=state.step,
-            epoch=state.step / self.plan.steps_per_epoch,
+            epoch=self.plan.epochs_done(state.step),
             samples=state.samples,
             split=self.split,
             weights=weights,
@@ -315,7 +364,8 @@ class Training:
     def save(self, *, essential: bool) -> None:
         """Write the checkpoint of this step. Collective.
 
-        A failure is told and tried again at the next point, unless the save is `essential`: the first and the last.
+        A save that fails is told, and the next one that is due tries again; but the first and the last are `essential`,
+        and raise StorageError on every process.
         """
         self.take()
         with self.watch.away("save"):
@@ -348,7 +398,7 @@ class Training:
             self.console.warn(f"saved, but: {error}")
 
     def finish(self) -> Summary:
-        """Mark the run finished and show its table."""
+        """Record that the run is finished, and show its table of results."""
         state, recorder = self.state, self.recorder
         evaluations, path = self.world.from_main(
             lambda: ({row.weights: row for row in recorder.rows() if isinstance(row, EvalRow)}, recorder.path)
@@ -375,32 +425,38 @@ class Training:
     # -- set-up --------------------------------------------------------------------------------------------------------
 
     def _network(self, machine: runtime.Runtime) -> Network:
-        """The network, rehearsed: what is wrong with it is told now."""
+        """The network, rehearsed with the shapes of the plan, so that what is wrong with it is told before training."""
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
-        noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32)
+        sizes = self.plan.image_sizes
+        noise = rehearsal.noise(config.seed, (2, channels, sizes[-1], sizes[-1]), torch.float32)
 
         def build(pixels: int) -> nn.Module:
             return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
 
-        with rehearsal.smallest_size_told(build, channels, size):
+        with rehearsal.smallest_size_told(build, channels, sizes[0]):
             module = build(size)
             # before DDP, which would hide a difference by sending rank 0's
             weights = rehearsal.digest_of(module.state_dict())
             self.world.same(weights, f"the initial network of architecture {config.arch}")
-            rehearsal.first_output(module, noise, config.arch, classes)
+            for side in sizes:
+                images = rehearsal.noise(config.seed, (2, channels, side, side), torch.float32)
+                rehearsal.first_output(module, images, config.arch, classes)
         moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
         if moving:
             self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
         network = wrap(module, config, machine, self.world, moving_buffers=moving)
-        if config.compile:  # compiled for one shape: rehearse with the one that trains
-            noise = noise.repeat(self.plan.micro_batch // 2 + 1, 1, 1, 1)[: self.plan.micro_batch]
-        images = noise.to(network.device, machine.dtype(), memory_format=torch.channels_last)
-        rehearsal.rehearse(network, images, config.arch, classes, self.world)
+        # Every process rehearses the same shapes, also those of other processes, since the passes are collective. A
+        # compiled network is compiled anew for each shape; else two images show what many would, and one what one would
+        shapes = self.plan.shapes if config.compile else {(min(count, 2), side) for count, side in self.plan.shapes}
+        for count, side in sorted(shapes):
+            images = rehearsal.noise(config.seed, (count, channels, side, side), torch.float32)
+            images = images.to(network.device, machine.dtype(), memory_format=torch.channels_last)
+            rehearsal.rehearse(network, images, config.arch, classes, self.world)
         return network
 
     def _resumed(self) -> TrainState:
-        """Go on from the newest sound checkpoint: rank 0 finds and reads it, the others get its bytes. Collective."""
+        """Go on from the newest undamaged checkpoint: rank 0 reads it and sends it to the others. Collective."""
         started, found = time.monotonic(), checkpoint.Found(None, [])
 
         def read() -> checkpoint.Checkpoint | None:

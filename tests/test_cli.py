@@ -72,7 +72,7 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
     "words",
     [
         "--lr X peak learning rate; it is not rescaled with the batch size",
-        "--batch-size -b N images in one step, over all processes together [default: 128]",
+        "--batch-size -b N images in one step, over all processes together; 64,640@200 changes it at epoch 200",
         "--epochs X passes over the training set; fractions such as 2.5 are allowed [default: 10]",
         "--dist-timeout X seconds after which a process that does not answer is given up and the run ends",
         "--nproc N processes on this machine, as torchrun starts them [default: 1]",

@@ -17,7 +17,7 @@ from dtrain.commands.data import show
 from dtrain.config import TrainConfig
 from dtrain.data.dataset import load_dataset
 from dtrain.errors import StorageError, UsageError
-from dtrain.plan import make_plan
+from dtrain.training import plan_of
 
 HEAD = MARGIN + 64  # above the first row of pictures
 
@@ -71,7 +71,7 @@ def test_a_sheet_shows_the_pixels_that_the_loader_hands_out(tmp_path: Path) -> N
     told = show(config, 3, 4, tmp_path / "sheet.png")
     assert told == f"{tmp_path / 'sheet.png'}: digits, step 3 of 5, epoch 1, 4 of 8 images, 32 x 32"
     dataset = finished(load_dataset(config))
-    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=1)
+    plan = plan_of(config, train_size=len(dataset.train_samples), image_size=32, world_size=1)
     with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
         images = loader.batch(2).images  # the third
     mean, std = (np.array(of) for of in (dataset.train.mean, dataset.train.std))

@@ -133,12 +133,25 @@ def test_nproc_ends_with_the_exit_code_of_the_run(tmp_path: Path, number: signal
     assert (record["status"], record["exit_code"]) == ("stopped", 75)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("more", [[], ["--batch-size", "250"]], ids=["as it is", "batch 250"])
+def test_a_recipe_starts_on_four_processes_by_torchrun(tmp_path: Path, more: list[str]) -> None:
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=4", "-m", "dtrain"]
+    command = [*torchrun, "--arch", "allcnn_c", "--dataset", "digits", "--steps", "2", *more]
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=START_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"batch {'250 = 4 processes x 62 or 63' if more else '64 = 4 processes x 16'}" in done.stdout
+
+
 @pytest.mark.dist
 def test_nproc_tells_an_error_once_and_ends_with_its_code(tmp_path: Path) -> None:
-    command = ["dtrain", "train", *SHORT_RUN, "--nproc", "2", "--batch-size", "33"]
+    command = ["dtrain", "train", *SHORT_RUN, "--nproc", "2", "--batch-size", "1"]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.count("--batch-size 33 does not divide over 2 processes; try 32 or 34") == 1
+    assert done.stderr.count("--batch-size 1 is too small for 2 processes, each of which needs an image; give at ") == 1
 
 
 def torchrun(folder: Path, *flags: str) -> str:

@@ -21,7 +21,7 @@ from needs import need_ffcv
 from test_pixels import MEAN, STD, reference, written
 from warm import Warm
 
-from dtrain import keyed
+from dtrain import keyed, training
 from dtrain.config import TrainConfig
 from dtrain.data.augment import Augmentation, decide, mixed_labels
 from dtrain.data.beton import Beton
@@ -29,7 +29,7 @@ from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.data.loader import Batch, Loader, Request, open_loader
 from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
 CPU = torch.device("cpu")
@@ -89,13 +89,16 @@ def config_of(**settings: Any) -> TrainConfig:
     return TrainConfig(arch="allcnn_c", dataset="pets", **{**given, **settings})
 
 
-def plan_of(config: TrainConfig, world: int = 1) -> Plan:
-    return make_plan(config, train_size=COUNT, world_size=world)
+def plan_of(config: TrainConfig, world: int = 1, train_size: int = COUNT) -> Plan:
+    return training.plan_of(config, train_size=train_size, image_size=SIZE, world_size=world)
 
 
 def requests(plan: Plan, rank: int = 0) -> Callable[[int], Request | None]:
     def request_at(step: int) -> Request | None:
-        return Request(plan.share_of(step, rank), plan.epoch_at(step)) if step < plan.total_steps else None
+        if step >= plan.total_steps:
+            return None
+        now = plan.at(step)
+        return Request(plan.batch(step)[now.shares[rank].positions], now.epoch)
 
     return request_at
 
@@ -283,18 +286,28 @@ def test_steps_in_any_order_give_the_same_batches(beton: Beton, kind: str) -> No
         assert [digest(loader.batch(step)) for step in steps] == [wanted[step] for step in steps]
 
 
-@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
-@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize(
+    ("size", "wanted", "settings"),
+    [
+        (20, [10, 10], {}),
+        (20, [4, 4, 4, 4, 4], EVERYTHING),
+        (64, [21, 21, 22], {}),
+        (64, [20, 22, 22], EVERYTHING),  # which mixes images in pairs
+        (64, [12, 13, 13, 13, 13], {}),
+        (64, [12, 12, 14, 12, 14], EVERYTHING),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int | list) else "everything" if value else "moves",
+)
 def test_the_shares_of_all_processes_are_the_batch_of_one(
-    dataset: DataSet, kind: str, world: int, settings: Any
+    dataset: DataSet, kind: str, size: int, wanted: list[int], settings: Any
 ) -> None:
-    config = config_of(loader=kind, **settings)
+    config = config_of(loader=kind, batch_size=size, **settings)
     whole = dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU)
-    plan = plan_of(config, world)
-    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(world)]
-    for step in (0, 1, 6, 14):
+    plan = plan_of(config, len(wanted))
+    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(len(wanted))]
+    for step in (0, 1, 2, plan.total_steps - 1):
         batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
-        assert [len(part.labels) for part in parts] == [BATCH // world] * world
+        assert [len(part.labels) for part in parts] == wanted
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
         assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
         assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
@@ -321,14 +334,14 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
         return sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
 
     wanted = by_hand(decide(AUGMENTATION, 1, indices, SIZE).moves)
-    assert [checksum(config, 7, world) for world in (1, 2, 4)] == [wanted] * 3
+    assert [checksum(config, 7, world) for world in (1, 2, 3, 4)] == [wanted] * 4
     others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
     others += [replace(config, **{name: value}) for name, value in EVERYTHING.items()]
     assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 11
     everything = config_of(loader="memory", **EVERYTHING)
     d = decide(Augmentation.of(everything), 1, indices, SIZE)
     wanted = by_hand(d.moves, d.maps, d.factors, d.mixtures, d.erasures)
-    assert [checksum(everything, 7, world) for world in (1, 2, 5)] == [wanted] * 3
+    assert [checksum(everything, 7, world) for world in (1, 2, 3, 5)] == [wanted] * 4
 
 
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:
@@ -348,7 +361,7 @@ def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: Data
 def test_a_loader_of_a_part_of_the_samples_reads_only_these(dataset: DataSet, kind: str) -> None:
     part = replace(dataset, train_samples=np.arange(0, COUNT, 2))
     config = config_of(loader=kind, epochs=2)
-    plan = make_plan(config, train_size=52, world_size=1)
+    plan = plan_of(config, train_size=52)
     with part.train_loader(config, plan, 0, torch.float32, CPU) as loader:
         seen = [index for step in range(2) for index in loader.batch(step).indices.tolist()]
     assert len(set(seen)) == 40

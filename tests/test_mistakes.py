@@ -25,7 +25,6 @@ from PIL import Image
 from warm import Result, Warm, run_dtrain
 
 from dtrain.config import TrainConfig
-from dtrain.plan import make_plan
 from dtrain.run.console import three_ways
 from dtrain.run.rows import TrainRow
 from dtrain.run.rundir import read_record, read_rows
@@ -99,7 +98,12 @@ def pictures(folder: Path, classes: dict[str, int], size: int = 32) -> Path:
         ("--config {folder}/a.toml", 1, 2, ["batchsize is not a setting", "did you mean 'batch_size'?"]),
         ("--on-nonfinite skp", 1, 2, ["--on-nonfinite skp: not a choice", "did you mean 'skip'?"]),
         ("--recipe allcnn", 1, 2, ["recipe 'allcnn' is not installed", "did you mean 'allcnn_c'?"]),
-        ("--batch-size 47", 2, 2, ["--batch-size 47 does not divide over 2 processes", "try 46 or 48"]),
+        (
+            "--batch-size 1",
+            2,
+            2,
+            ["--batch-size 1 is too small for 2 processes", "give at least 2"],
+        ),
         ("--batch-size 1440", 1, 2, ["--batch-size 1440 is larger than the training set of 1437", "at most 1437"]),
         ("--dataset {folder}/none", 1, 3, ["{folder}/none: needs images in train/CLASS/", "found 0 in train/"]),
         ("--dataset {folder}/one", 1, 3, ["single class 'a'", "two or more are needed"]),
@@ -136,7 +140,11 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_converted(r
     [
         ("--opt adam --momentum 0.9", "--momentum: optimizer adam has no use for it; leave it out"),
         ("--arch-opt with=3", "has no option 'with'"),
-        ("--batch-size 47 --grad-accum-steps 2", "does not divide over 1 process x 2 micro-batches; try 46 or 48"),
+        (
+            "--batch-size 3 --grad-accum-steps 4",
+            "--grad-accum-steps 4: of --batch-size 3 over 1 process",
+        ),
+        ("--batch-size 47 --mixup 0.2", "--batch-size 47 does not divide into the pairs of --mixup; try 46 or 48"),
     ],
 )
 def test_what_can_be_known_is_told_before_a_data_set_is_converted(run: Run, flags: str, told: str) -> None:
@@ -221,20 +229,6 @@ def test_the_table_of_a_resume_is_readable_on_a_terminal() -> None:
 
 
 # -- memory and processes ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "world", "told"),
-    [
-        (128, 1, 1, "try --batch-size 64, or --grad-accum-steps 2, which keeps the batch"),
-        (90, 3, 2, "try --batch-size 42, or --grad-accum-steps 9, which keeps the batch"),  # 42 = 6 x 7, 45 = 9 x 5
-        (6, 3, 2, "one image at a time is too much: use a smaller network"),
-        (14, 1, 2, "try --batch-size 6, or --grad-accum-steps 7, which keeps the batch"),
-    ],
-)
-def test_the_batch_to_try_divides(batch: int, accumulation: int, world: int, told: str) -> None:
-    config = TrainConfig(arch="x", batch_size=batch, grad_accum_steps=accumulation)
-    assert make_plan(config, train_size=1000, world_size=world).lighter() == told
 
 
 @pytest.mark.dist

@@ -21,19 +21,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from warm import Warm
 
 from dtrain import plugins
+from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
 from dtrain.errors import UsageError
 from dtrain.model.learner import Learner
-from dtrain.model.metrics import Sums, Tally
+from dtrain.model.metrics import Outcome, Sums, Tally
 from dtrain.model.network import Network, average_of
 from dtrain.model.nonfinite import GIVE_UP_STEPS, Before, gradients_not_finite, poisoned, told
 from dtrain.model.step import StepOptions, apply_unless, backward, train_step
+from dtrain.plan import Share
 from dtrain.run.checkpoint import digest
+from dtrain.training import plan_of
 from dtrain.world import Place, World
 
 BRIGHT = f"{Path(__file__).with_name('faulty_networks.py')}:bright"
 CPU = torch.device("cpu")
-SKIP = StepOptions(4, 0.1, 1.0, skip_nonfinite=True)
+SKIP = StepOptions(0.1, 1.0, skip_nonfinite=True)
+HALVES = Share(0, (4, 4), 8)
 OPTIMIZERS = ["sgd", "adam", "adamw", "muon"]
 
 
@@ -56,7 +60,7 @@ def batch(seed: int, *, poison: bool = False) -> Batch:
 
 def by_reading(one: Learner, of: Batch) -> bool:
     torch.manual_seed(3)
-    return bool(train_step(one, of, SKIP).skipped)
+    return bool(train_step(one, of, SKIP, HALVES).skipped)
 
 
 def by_selection(one: Learner, of: Batch) -> bool:
@@ -64,7 +68,7 @@ def by_selection(one: Learner, of: Batch) -> bool:
     torch.manual_seed(3)
     one.optimizer.zero_grad(set_to_none=True)
     buffers = Before(one.network.module.buffers())
-    backward(one.network, one.scaler, of, SKIP)
+    backward(one.network, one.scaler, of, SKIP, HALVES)
     skipped = gradients_not_finite(one.network.module)
     apply_unless(skipped, one, SKIP.clip_grad)
     buffers.put_back(skipped)
@@ -108,7 +112,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 def test_a_step_by_selection_reads_nothing_but_for_a_runs_first(optimizer: str) -> None:
     one, skipped = learner(optimizer), torch.tensor(False)
-    backward(one.network, one.scaler, batch(0), SKIP)
+    backward(one.network, one.scaler, batch(0), SKIP, HALVES)
     one = replace(one, ema=None)
     with Reads() as first:
         apply_unless(skipped, one, 1.0)
@@ -116,7 +120,7 @@ def test_a_step_by_selection_reads_nothing_but_for_a_runs_first(optimizer: str) 
         apply_unless(skipped, one, 1.0)
     tally = Tally(CPU, 8)
     with Reads() as tallied:
-        tally += train_step(one, batch(1), StepOptions(4, 0.1, 1.0))
+        tally += train_step(one, batch(1), StepOptions(0.1, 1.0), HALVES)
     assert (first.count, second.count, tallied.count) == (1, 0, 0)
 
 
@@ -128,7 +132,7 @@ def test_what_an_optimizer_keeps_on_the_host_is_refused_where_it_cannot_be_put_b
 
     one = learner("sgd")
     other = replace(one, optimizer=Counting(one.network.module.parameters()), ema=None)
-    backward(one.network, one.scaler, batch(0), SKIP)
+    backward(one.network, one.scaler, batch(0), SKIP, HALVES)
     with pytest.raises(UsageError, match="Counting keeps 'steps' on the host.*; give --opt-opt fused=true"):
         apply_unless(torch.tensor(False), other, None)
 
@@ -160,17 +164,64 @@ def test_a_large_gradient_is_finite_though_its_square_is_not() -> None:
 def test_the_first_fault_is_kept_and_the_streak_outlives_a_read() -> None:
     one = learner("sgd")
     world, tally = World(Place(), 1.0), Tally(CPU, 8, streak=3)
-    plain = StepOptions(4, 0.1, None)
+    plain = StepOptions(0.1, None)
     for number, poison in enumerate([False, True, False, True, True]):
         options = SKIP if poison else plain
-        tally += train_step(one, batch(number, poison=poison), options)
-    fault = tally.first_fault(world)
-    assert (fault.steps_ago, fault.positions) == (3, [4, 5, 6, 7])  # batch norm: the whole micro-batch
+        tally += train_step(one, batch(number, poison=poison), options, HALVES)
+    config = TrainConfig(arch="x", batch_size=8, steps=20)
+    plan = plan_of(config, train_size=80, image_size=32, world_size=1)
+    fault = tally.first_fault(world, plan, 15)
+    assert (fault.step, fault.positions) == (12, [4, 5, 6, 7])  # batch norm: the whole micro-batch
     assert (int(tally.streak), int(tally.longest)) == (2, 3)
     sums = Sums.of(tally.sums.tolist())
-    assert (sums.images, sums.nonfinite, sums.skipped_images, sums.checksum) == (40, 12, 24, 35)
+    assert (sums.images, sums.nonfinite, sums.skipped_steps, sums.checksum) == (40, 12, 3, 35)
     tally.begin_anew()
     assert (int(tally.sums.sum()), int(tally.streak), int(tally.longest)) == (0, 2, 2)
+
+
+@pytest.mark.dist
+def test_a_fault_is_found_at_its_place_in_a_batch_of_uneven_shares_and_in_a_smaller_one_after_it(ranks: Warm) -> None:
+    found = ranks.call("test_nonfinite:faults", 3)
+    # shares of 7 over 3 processes begin at 0, 2 and 4, those of 5 at 0, 1 and 3
+    assert found == [[(3, [1, 3, 6]), (4, []), (6, [2, 4])]] * 3
+
+
+def faults() -> list[tuple[int, list[int]]]:
+    """What a tally of three processes finds, whose outcomes have the losses that are written here."""
+    from dtrain.world import place
+
+    config = TrainConfig(arch="x", batch_size="7,5@1", epochs=3)
+    plan = plan_of(config, train_size=35, image_size=32, world_size=3)  # 5 steps of 7, then 7 an epoch of 5
+    world = World(place(), 30)
+    world.meet()
+    world.join("gloo")
+    tally, found = Tally(CPU, plan.largest_share), []
+
+    def step(number: int, positions: list[int], *, skipped: bool = False) -> None:
+        nonlocal tally
+        now = plan.at(number - 1)
+        losses = torch.ones(now.batch_size)
+        losses[positions] = math.nan
+        mine = losses[now.shares[world.rank].positions]
+        tally += Outcome(torch.zeros(7, dtype=torch.int64), mine, torch.tensor(skipped))
+
+    def read(done: int) -> None:
+        fault = tally.first_fault(world, plan, done)
+        found.append((fault.step, fault.positions))
+        tally.begin_anew()
+
+    step(2, [])
+    step(3, [1, 3, 6])
+    step(4, [0])
+    read(4)
+    tally.begin_anew()
+    step(4, [], skipped=True)
+    step(5, [2])
+    read(5)
+    step(6, [2, 4])
+    read(6)
+    world.leave()
+    return found
 
 
 def test_a_fault_is_told_with_its_first_samples() -> None:

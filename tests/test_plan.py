@@ -12,14 +12,17 @@ import tomli_w
 
 from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan, cuts, shares_of
+from dtrain.plugins import recipes
+from dtrain.settings.staged import Staged
+from dtrain.training import plan_of
 
 DIGITS, CIFAR = 1_437, 50_000
 
 
 def plan(train_size: int = DIGITS, world_size: int = 1, **flags: Any) -> Plan:
     config = TrainConfig.of(arch="allcnn_c", recipe="none", **flags)
-    return make_plan(config, train_size=train_size, world_size=world_size)
+    return plan_of(config, train_size=train_size, image_size=32, world_size=world_size)
 
 
 def due(at: Any, last: int) -> list[int]:
@@ -31,8 +34,10 @@ def due(at: Any, last: int) -> list[int]:
 
 def test_the_numbers_of_a_run_by_hand() -> None:
     made = plan(CIFAR, 2, batch_size=1000, epochs=16, grad_accum_steps=2, warmup_epochs=2)
-    assert (made.share, made.micro_batch) == (500, 250)
-    assert (made.steps_per_epoch, made.total_steps, made.total_samples) == (50, 800, 800_000)
+    assert made.at(0).shares == shares_of(1000, world_size=2, grad_accum_steps=2, unit=1)
+    assert [(share.first, share.micro_batches) for share in made.at(0).shares] == [(0, (250, 250)), (500, (250, 250))]
+    assert (made.total_steps, made.total_samples) == (800, 800_000)
+    assert (made.largest_share, made.largest_micro_batch, made.shapes) == (500, 250, ((250, 32),))
     assert made.warmup_samples == 100_000
     assert made.lines(0.05) == [
         "batch 1000 = 2 processes x 500, each in 2 micro-batches of 250",
@@ -44,7 +49,7 @@ def test_the_numbers_of_a_run_by_hand() -> None:
 
 def test_the_tail_of_an_epoch_is_left_out_and_said() -> None:
     made = plan(batch_size=64)
-    assert made.steps_per_epoch == 22  # 22 x 64 = 1408
+    assert [made.at(step).first for step in (0, 1, 21, 22)] == [0, 64, 1344, 0]  # 22 x 64 = 1408
     assert made.lines(0.1)[1] == "22 steps an epoch = 1437 // 64; 29 images of each epoch's order are left out"
 
 
@@ -56,16 +61,16 @@ def test_epochs_may_be_fractions_and_are_at_least_one_step(epochs: float, steps:
 def test_steps_take_the_place_of_epochs() -> None:
     made = plan(batch_size=64, steps=33)
     assert made.total_steps == 33
-    assert [made.epoch_at(step) for step in (0, 21, 22, 32)] == [0, 0, 1, 1]
+    assert [made.at(step).epoch for step in (0, 21, 22, 32)] == [0, 0, 1, 1]
 
 
 def test_the_rate_follows_the_schedule_over_warm_up_and_run() -> None:
     made = plan(1000, batch_size=100, epochs=2, warmup_epochs=0.5, schedule="linear", schedule_opt=["final=0.5"])
     # five steps of warm-up at 1/6 .. 5/6, then fifteen from 1 towards a half
-    assert made.lr_factor(0) == pytest.approx(1 / 6)
-    assert made.lr_factor(400) == pytest.approx(5 / 6)
-    assert made.lr_factor(500) == 1.0
-    assert made.lr_factor(1900) == pytest.approx(1 - 0.5 * 14 / 15)
+    assert made.at(0).lr_factor == pytest.approx(1 / 6)
+    assert made.at(4).lr_factor == pytest.approx(5 / 6)
+    assert made.at(5).lr_factor == 1.0
+    assert made.at(19).lr_factor == pytest.approx(1 - 0.5 * 14 / 15)
 
 
 def test_what_is_due_when() -> None:
@@ -86,10 +91,11 @@ def test_what_is_due_when() -> None:
 @pytest.mark.parametrize("step", [0, 4, 5, 13])
 def test_the_shares_of_any_world_put_together_are_the_global_batch(step: int) -> None:
     alone = plan(103, 1, batch_size=20, epochs=3)
-    for world_size in (1, 2, 4):
+    for world_size in (1, 2, 3, 4, 7, 20):
         made = plan(103, world_size, batch_size=20, epochs=3)
-        shares = [made.share_of(step, rank) for rank in range(world_size)]
-        assert [len(share) for share in shares] == [20 // world_size] * world_size
+        shares = [made.batch(step)[share.positions] for share in made.at(step).shares]
+        assert len(shares) == world_size
+        assert {len(share) for share in shares} <= {20 // world_size, -(-20 // world_size)}
         assert np.array_equal(np.concatenate(shares), alone.batch(step))
 
 
@@ -111,31 +117,43 @@ def test_an_epoch_takes_each_image_at_most_once_and_the_next_in_another_order() 
 @pytest.mark.parametrize(
     ("world_size", "flags", "told"),
     [
-        (3, {"batch_size": 1000}, "--batch-size 1000 does not divide over 3 processes; try 999 or 1002"),
         (
             2,
-            {"batch_size": 100, "grad_accum_steps": 8},
-            "--batch-size 100 does not divide over 2 processes x 8 micro-batches; try 96 or 112",
+            {"batch_size": 11, "grad_accum_steps": 6},
+            "--grad-accum-steps 6: of --batch-size 11 over 2 processes, one gets only 5 images, too few for so many "
+            "micro-batches; give at most 5, or a larger batch",
         ),
-        (4, {"batch_size": 2}, "--batch-size 2 does not divide over 4 processes; try 4"),
+        (
+            4,
+            {"batch_size": 3},
+            "--batch-size 3 is too small for 4 processes, each of which needs an image; give at least 4, or start at "
+            "most 3",
+        ),
+        (
+            4,
+            {"batch_size": 6, "mixup": 0.2},
+            "--batch-size 6 is too small for 4 processes, each of which needs a pair of images for --mixup; give at "
+            "least 8, or start at most 3",
+        ),
         (
             2,
-            {"batch_size": 50, "mixup": 0.2},
-            "--batch-size 50 does not divide over 2 processes into the pairs of --mixup; try 48 or 52",
-        ),
-        (
-            1,
             {"batch_size": 33, "mixup": 0.2, "cutmix": 1},
-            "--batch-size 33 does not divide over 1 process into the pairs of --mixup and --cutmix; try 32 or 34",
+            "--batch-size 33 does not divide into the pairs of --mixup and --cutmix; try 32 or 34",
         ),
+        (1, {"batch_size": 1, "cutmix": 1}, "--batch-size 1 does not divide into the pairs of --cutmix; try 2"),
         (
             2,
-            {"batch_size": 50, "cutmix": 1, "grad_accum_steps": 3},
-            "over 2 processes x 3 micro-batches into the pairs of --cutmix; try 48 or 60",
+            {"batch_size": "64,33@3", "cutmix": 1},
+            "--batch-size 33 does not divide into the pairs of --cutmix; try 32 or 34",
         ),
         (
             2,
             {"batch_size": 2000},
+            "--batch-size 2000 is larger than the training set of 1437 images; give at most 1437",
+        ),
+        (
+            2,
+            {"batch_size": "64,2000@2", "mixup": 1},
             "--batch-size 2000 is larger than the training set of 1437 images; give at most 1436",
         ),
         (1500, {"batch_size": 1500}, "larger than the training set of 1437 images; use fewer processes"),
@@ -156,13 +174,38 @@ def test_what_cannot_be_planned_is_told_with_what_can(world_size: int, flags: di
 
 def test_where_images_are_mixed_shares_are_even_and_micro_batches_need_not_be() -> None:
     made = plan(world_size=2, batch_size=12, grad_accum_steps=2, mixup=0.2)
-    assert (made.share, made.micro_batch) == (6, 3)
+    assert [share.micro_batches for share in made.at(0).shares] == [(3, 3), (3, 3)]
+    uneven = plan(world_size=3, batch_size=64, mixup=0.2)  # 32 pairs
+    assert [(share.first, share.size) for share in uneven.at(0).shares] == [(0, 20), (20, 22), (42, 22)]
+
+
+def test_cuts_lie_where_they_were_computed_by_hand() -> None:
+    assert cuts(64, 3) == (0, 21, 42, 64)
+    assert cuts(64, 5) == (0, 12, 25, 38, 51, 64)
+    assert cuts(7, 3) == (0, 2, 4, 7)
+    assert cuts(250, 4) == (0, 62, 125, 187, 250)
+    assert cuts(10, 4, 2) == (0, 2, 4, 6, 10)  # 5 pairs: 1, 1, 1 and 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("recipe", [recipe.name for recipe in recipes()])
+def test_every_recipe_starts_as_it_is(recipe: str, world_size: int) -> None:
+    sizes = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "mnist": 60_000, "hymenoptera-400": 244}
+    arch, _, dataset = recipe.partition("-")
+    config = TrainConfig.of(arch=arch, recipe=recipe)
+    made = plan_of(config, train_size=sizes[dataset or "cifar10"], image_size=32, world_size=world_size)
+    shares = made.at(0).shares
+    assert len(shares) == world_size
+    assert [share.first for share in shares] == [sum(s.size for s in shares[:rank]) for rank in range(world_size)]
+    assert sum(share.size for share in shares) == config.batch_size.at(0)
+    assert max(share.size for share in shares) - min(share.size for share in shares) <= 1
 
 
 def test_a_recipes_warm_up_gives_way_to_a_short_trial() -> None:
     config = TrainConfig.of(arch="allcnn_c", dataset="digits", steps=6)  # its recipe warms up for a whole epoch
     assert config.origin("warmup_epochs").startswith("recipe")
-    assert make_plan(config, train_size=DIGITS, world_size=1).warmup_samples == 3 * config.batch_size
+    made = plan_of(config, train_size=DIGITS, image_size=32, world_size=1)
+    assert made.warmup_samples == 3 * 64
 
 
 def test_a_warm_up_that_fits_means_the_same_from_a_flag_and_from_a_run_that_is_resumed(tmp_path: Path) -> None:
@@ -170,5 +213,116 @@ def test_a_warm_up_that_fits_means_the_same_from_a_flag_and_from_a_run_that_is_r
     (tmp_path / "config.toml").write_text(tomli_w.dumps(given.settings()))
     resumed = TrainConfig.of(resume=str(tmp_path))
     stored = TrainConfig.stored(given.settings())
-    plans = [make_plan(config, train_size=DIGITS, world_size=1) for config in (given, resumed, stored)]
-    assert [made.warmup_samples for made in plans] == [6 * plans[0].steps_per_epoch * given.batch_size] * 3
+    plans = [plan_of(config, train_size=DIGITS, image_size=32, world_size=1) for config in (given, resumed, stored)]
+    assert [made.warmup_samples for made in plans] == [6 * 22 * 64] * 3
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def test_batch_64_for_200_epochs_then_640_comes_out_to_the_step() -> None:
+    """The published way to anneal by batch size, on 45,000 training images of CIFAR-10, warmed up for 5 epochs.
+
+    By hand: 45,000 // 64 = 703 steps an epoch, 140,600 until epoch 200, 703 x 64 = 44,992 images an epoch, so 8,998,400
+    images; then 45,000 // 640 = 70 steps an epoch of 44,800 images. 100 epochs of them: 7,000 steps, 4,480,000 images.
+    """
+    made = plan(45_000, batch_size="64,640@200", epochs=300, warmup_epochs=5, eval_every="50epochs")
+    assert (made.total_steps, made.total_samples) == (147_600, 13_478_400)
+    assert made.warmup_samples == 224_960  # 5 x 44,992
+    last, first, second = (made.at(step) for step in (140_599, 140_600, 140_601))
+    assert (last.epoch, last.batch_size, last.first, last.samples) == (199, 64, 44_928, 8_998_336)
+    assert (first.epoch, first.batch_size, first.first, first.samples) == (200, 640, 0, 8_998_400)
+    assert (second.epoch, second.batch_size, second.first, second.samples) == (200, 640, 640, 8_999_040)
+    # a straight line from 1 at the end of the warm-up to 0 at the end, over 13,478,400 - 224,960 = 13,253,440 images
+    assert last.lr_factor == pytest.approx(1 - 8_773_376 / 13_253_440)
+    assert first.lr_factor == pytest.approx(1 - 8_773_440 / 13_253_440)
+    assert second.lr_factor == pytest.approx(1 - 8_774_080 / 13_253_440)
+    assert made.at(147_599).lr_factor == pytest.approx(640 / 13_253_440)
+    # six evaluations: 50 x 703 = 35,150 steps apart, then 50 x 70 = 3,500
+    due = [35_150, 70_300, 105_450, 140_600, 144_100, 147_600]
+    assert all(made.evaluates_at(step) for step in due)
+    assert not any(made.evaluates_at(step + off) for step in due[:-1] for off in (-1, 1))
+    assert [made.epochs_done(step) for step in due] == [50, 100, 150, 200, 250, 300]
+
+
+def test_the_order_within_an_epoch_is_cut_by_the_batch_of_its_stage() -> None:
+    from dtrain.keyed import order
+
+    made = plan(103, batch_size="20,50@1,30@2", epochs=3)  # 5, 2 and 3 steps an epoch
+    assert made.total_steps == 10
+    walked = [order(103, 0, 0)[at : at + 20] for at in range(0, 100, 20)]
+    walked += [order(103, 0, 1)[at : at + 50] for at in (0, 50)]
+    walked += [order(103, 0, 2)[at : at + 30] for at in (0, 30, 60)]
+    for step, positions in enumerate(walked):
+        assert np.array_equal(made.batch(step), positions)
+    assert [made.at(step).samples for step in range(10)] == [0, 20, 40, 60, 80, 100, 150, 200, 230, 260]
+    assert made.total_samples == 290
+
+
+def test_image_sizes_change_at_their_epochs_and_begin_stages_of_their_own() -> None:
+    made = plan(103, batch_size="20,50@1", image_size="16,24@1,32@2", epochs=3, grad_accum_steps=3)
+    assert [made.at(step).image_size for step in range(9)] == [16] * 5 + [24] * 2 + [32] * 2
+    assert made.image_sizes == (16, 24, 32)
+    assert made.shapes == ((6, 16), (7, 16), (16, 24), (16, 32), (17, 24), (17, 32))
+
+
+def test_steps_walk_through_the_stages_and_a_change_after_the_end_is_told() -> None:
+    made = plan(103, batch_size="20,50@1,30@7", steps=6)
+    assert [made.at(step).batch_size for step in range(6)] == [20] * 5 + [50]
+    assert made.epochs_done(6) == 1.5
+    assert made.lines(0.1) == [
+        "from the start: images of 32 x 32 pixels",
+        "batch 20 = 1 process",
+        "5 steps an epoch = 103 // 20; 3 images of each epoch's order are left out",
+        "from epoch 1, after 5 steps: images of 32 x 32 pixels",
+        "batch 50 = 1 process",
+        "2 steps an epoch = 103 // 50; 3 images of each epoch's order are left out",
+        "epoch 7, with batch 30 and images of 32 x 32 pixels, comes after the end of this run",
+        "6 steps in all = 1.5 epochs",
+        "peak rate 0.1, linear",
+    ]
+    for short in ({"epochs": 1}, {"epochs": 1.1}, {"steps": 5}):  # a tenth of two steps is none
+        assert plan(103, batch_size="20,50@1", **short).lines(0.1)[:3] == [
+            "batch 20 = 1 process",
+            "5 steps an epoch = 103 // 20; 3 images of each epoch's order are left out",
+            "epoch 1, with batch 50 and images of 32 x 32 pixels, comes after the end of this run",
+        ]
+    assert plan(103, batch_size="20,500@9", epochs=1).total_steps == 5  # what is not reached need not fit the data
+
+
+def test_a_warm_up_goes_on_through_a_change_of_the_batch() -> None:
+    made = plan(100, batch_size="10,20@1", epochs=4, warmup_epochs=2)  # 10 steps of 10, then 5 an epoch of 20
+    assert made.warmup_samples == 200
+    # (seen + batch) / (warm-up + batch), as without stages
+    assert made.at(9).lr_factor == pytest.approx(100 / 210)
+    assert made.at(10).lr_factor == pytest.approx(120 / 220)
+    assert made.at(15).lr_factor == 1.0
+
+
+def test_shares_that_differ_are_told_with_both_sizes() -> None:
+    assert plan(world_size=4, batch_size=250).lines(0.1)[0] == "batch 250 = 4 processes x 62 or 63"
+    cut = plan(world_size=4, batch_size=250, grad_accum_steps=2).lines(0.1)[0]
+    assert cut == "batch 250 = 4 processes x 62 or 63, each in 2 micro-batches of 31 or 32"
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "world", "told"),
+    [
+        (128, 1, 1, "try --batch-size 64, or --grad-accum-steps 2, which keeps the batch"),
+        (90, 3, 2, "try --batch-size 45, or --grad-accum-steps 6, which keeps the batch"),
+        (6, 3, 2, "one image at a time is too much: use a smaller network"),  # half of it is 1 or 2 a process
+        (7, 2, 2, "try --grad-accum-steps 3, which keeps the batch"),  # 3 and 4 images; half of it is 1 or 2
+        ("64,640@2", 1, 2, "try --batch-size 32,320@2, or --grad-accum-steps 2, which keeps the batch"),
+    ],
+)
+def test_where_memory_is_short_half_as_many_images_at_a_time_are_advised(
+    batch: Any, accumulation: int, world: int, told: str
+) -> None:
+    made = plan(1000, world, batch_size=batch, grad_accum_steps=accumulation)
+    assert made.lighter() == told
+
+
+@pytest.mark.parametrize("value", [64, "64", " 64 ", 64.0, Staged.parse(64), "64,64@3"])
+def test_a_size_that_never_changes_is_one_value_however_it_is_given(value: Any) -> None:
+    assert plan(batch_size=value) == plan(batch_size=64)
+    assert TrainConfig(arch="x", batch_size=value).digest() == TrainConfig(arch="x", batch_size=64).digest()

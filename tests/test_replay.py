@@ -78,18 +78,19 @@ def test_a_step_of_one_process_is_computed_again_bit_for_bit_and_writes_nothing_
 
 
 @pytest.mark.dist
-def test_a_step_of_two_processes_is_computed_again_by_one_up_to_rounding(
-    ranks: Warm, tmp_path: Path, cache: Path
+@pytest.mark.parametrize(("world", "batch"), [(2, 48), (3, 50)])
+def test_a_step_of_several_processes_is_computed_again_by_one_up_to_rounding(
+    ranks: Warm, tmp_path: Path, cache: Path, world: int, batch: int
 ) -> None:
     run = tmp_path / "run"
-    train(ranks, run, cache, world=2)
+    train(ranks, run, cache, "--batch-size", batch, world=world)
     result = replayed(ranks, run, STEPS, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
-    assert found["processes"] == 2
+    assert found["processes"] == world
     # with the other process's dropout it would be off by a tenth
     assert found["loss"] == pytest.approx(losses(run)[STEPS], abs=1e-4)
-    assert "2 processes one after the other, so rounding may differ" in replayed(ranks, run, STEPS).out
+    assert f"{world} processes one after the other, so rounding may differ" in replayed(ranks, run, STEPS).out
 
 
 def test_a_step_is_replayed_on_the_processes_that_made_it(ranks: Warm, tmp_path: Path, cache: Path) -> None:

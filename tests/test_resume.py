@@ -122,6 +122,34 @@ def test_stopped_after_any_step_and_resumed_ends_with_the_same_bits(
     assert resumed == {f"at-{k}": straight for k in STOPS}
 
 
+# epochs of two steps, two steps and five: the sizes change after steps 2 and 4
+STAGED = {
+    "batch": {"batch_size": "480,701@1,240@2"},
+    "image": {"batch_size": "480,701@1,240@2", "image_size": "16,24@1,32@2"},
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("what", STAGED)
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_sizes_that_change_at_epochs_change_again_after_a_stop_before_at_or_after_the_change(
+    ranks: Warm, tmp_path: Path, cache: Path, what: str, world: int
+) -> None:
+    from dtrain.data.loader import Request
+    from dtrain.run.rundir import comparable, read_rows
+
+    if what == "image" and "image_size" not in Request.__dataclass_fields__:
+        pytest.skip("the loader does not shrink images yet")
+    more = {**STAGED[what], "log_interval": 1, "eval_every": "1epoch"}
+    some = Runs(ranks, tmp_path, cache, "sgd", True, more)
+    straight = some.go(world, [("straight", None), *((f"at-{k}", k) for k in STOPS)])["straight"]
+    assert some.go(world, [(f"at-{k}", None) for k in STOPS]) == {f"at-{k}": straight for k in STOPS}
+    rows = comparable(read_rows(tmp_path / "straight"))
+    seen = [(row["step"], row["epoch"], row["samples"]) for row in rows if row["kind"] == "train"]
+    assert seen == [(1, 0.5, 480), (2, 1, 960), (3, 1.5, 1661), (4, 2, 2362), (5, 2.2, 2602), (6, 2.4, 2842)]
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [2, 2, 4, 4, 6, 6]  # raw weights and EMA
+
+
 def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Path) -> None:
     sgd = Runs(ranks, tmp_path / "sgd", cache, "sgd", False).go(1, [("run", None)])["run"]
     adam = Runs(ranks, tmp_path / "adam", cache, "adam", False).go(1, [("run", None)])["run"]

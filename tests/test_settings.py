@@ -18,6 +18,7 @@ from dtrain.errors import UsageError
 from dtrain.plugins import listed, read_recipe, recipes
 from dtrain.settings import PANELS, SETTINGS, TrainConfig, identity
 from dtrain.settings.augmentation import Augmentation
+from dtrain.settings.staged import Staged
 from dtrain.settings.values import Every, Setting, Span, Unfit
 
 SMALL = {"arch": "resnet18", "recipe": "none"}
@@ -38,7 +39,7 @@ def test_defaults_give_way_to_the_recipe_to_the_file_to_the_flags(tmp_path: Path
     expected = {  # value and origin; the recipe says batch_size 64, epochs 8, shift 2, norm=batch
         "seed": (0, "default"),
         "epochs": (8.0, recipe),
-        "batch_size": (100, str(file)),
+        "batch_size": (Staged.parse(100), str(file)),
         "shift": (1, "flag"),
         "arch_opt": ({"norm": "batch", "dropout": "false"}, "flag"),
         "recipe": ("allcnn_c-digits", "architecture and data set"),
@@ -175,7 +176,7 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({**SMALL, "resize": "fit"}, "--resize fit: not a choice; choose from: crop, squash"),
         ({**SMALL, "bad_images": "ignore"}, "--bad-images ignore: not a choice; choose from: skip, stop"),
         ({**SMALL, "channels": 4}, "--channels 4: not a choice; choose from: 1, 3, auto"),
-        ({**SMALL, "image_size": 0}, "--image-size 0: give a number in 1..4096"),
+        ({**SMALL, "image_size": 0}, "--image-size 0: give whole numbers greater than 0"),
         ({**SMALL, "image_size": 64, "store_size": 60}, "--store-size 60: below --image-size 64"),
         ({**SMALL, "store_size": 60}, "--store-size 60: needs an --image-size"),
         (
@@ -235,6 +236,7 @@ OTHERS: dict[str, Any] = {  # another allowed value for settings whose type does
     "schedule": "cosine",
     "dataset": "digits",
     "image_size": 48,
+    "batch_size": "64,640@200",
     "store_size": 64,
     "mean": (0.5,),
     "std": (0.5,),

@@ -17,13 +17,16 @@ from warm import Warm
 
 from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
+from dtrain.keyed import Stream, torch_seed
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import LOSS_UNIT, Sums, Tally, no_sums, sums_of
 from dtrain.model.network import Network, average_of
 from dtrain.model.optimization import build_optimizer, pack, unpack
 from dtrain.model.step import StepOptions, eval_step, loss_of, seed_step, train_step
+from dtrain.plan import Share, shares_of
 
 CPU = torch.device("cpu")
+WHOLE, QUARTERS = Share(0, (24,), 24), Share(0, (6, 6, 6, 6), 24)
 
 
 def plain() -> nn.Module:
@@ -42,6 +45,7 @@ def batch(n: int = 24, classes: int = 5) -> Batch:
 def stepped(
     module: nn.Module,
     options: StepOptions,
+    share: Share = WHOLE,
     *,
     dtype: torch.dtype = torch.float32,
     scaler: torch.amp.GradScaler | None = None,
@@ -52,7 +56,7 @@ def stepped(
     network = Network(module, module, dtype, CPU)
     optimizer = torch.optim.SGD(module.parameters(), lr=lr)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return module, train_step(Learner(network, optimizer, scaler, ema), batch(), options).sums
+    return module, train_step(Learner(network, optimizer, scaler, ema), batch(), options, share).sums
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
@@ -61,8 +65,8 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 
 def test_four_micro_batches_are_the_big_batch_within_1e_6() -> None:
-    big, sums = stepped(plain(), StepOptions(24, 0.1, None))
-    parts, sums_of_parts = stepped(plain(), StepOptions(6, 0.1, None))
+    big, sums = stepped(plain(), StepOptions(0.1, None))
+    parts, sums_of_parts = stepped(plain(), StepOptions(0.1, None), QUARTERS)
     assert distance(big, plain()) > 0
     assert distance(big, parts) < 1e-6  # float32 rounding of gradients of about 0.1 times the rate of 0.1
     assert sums[:3].tolist() == sums_of_parts[:3].tolist()
@@ -70,22 +74,22 @@ def test_four_micro_batches_are_the_big_batch_within_1e_6() -> None:
 
 
 def test_clipping_limits_the_norm_of_the_unscaled_gradient() -> None:
-    clipped, _ = stepped(plain(), StepOptions(24, 0.0, 0.01), lr=1.0)
+    clipped, _ = stepped(plain(), StepOptions(0.0, 0.01), lr=1.0)
     pairs = zip(clipped.parameters(), plain().parameters(), strict=True)
     moved = math.sqrt(sum(float((p - q).detach().pow(2).sum()) for p, q in pairs))
     assert moved == pytest.approx(0.01, rel=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaled, _ = stepped(plain(), StepOptions(24, 0.0, 0.01), lr=1.0, scaler=scaler)
+    scaled, _ = stepped(plain(), StepOptions(0.0, 0.01), lr=1.0, scaler=scaler)
     assert distance(scaled, clipped) < 1e-6
 
 
 def test_float16_steps_by_scaled_losses_and_leaves_out_a_step_that_overflows() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    half, _ = stepped(plain(), StepOptions(24, 0.0, None), dtype=torch.float16, scaler=scaler)
-    full, _ = stepped(plain(), StepOptions(24, 0.0, None))
+    half, _ = stepped(plain(), StepOptions(0.0, None), dtype=torch.float16, scaler=scaler)
+    full, _ = stepped(plain(), StepOptions(0.0, None))
     assert 0 < distance(half, full) < 1e-3
     too_large = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    left_out, _ = stepped(plain(), StepOptions(24, 0.0, None), dtype=torch.float16, scaler=too_large)
+    left_out, _ = stepped(plain(), StepOptions(0.0, None), dtype=torch.float16, scaler=too_large)
     assert distance(left_out, plain()) == 0
     assert too_large.get_scale() == 2.0**59
 
@@ -117,13 +121,13 @@ def test_a_step_takes_mixed_labels_in_micro_batches() -> None:
     plain_batch = batch()
     shares = 0.75 * F.one_hot(plain_batch.labels, 5) + 0.25 * F.one_hot(plain_batch.labels.flip(0), 5)
     moved = []
-    for micro_batch in (24, 6):
+    for share in (WHOLE, QUARTERS):
         module = plain()
         optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
         mixed = Batch(plain_batch.images, shares, plain_batch.indices, plain_batch.checksum)
         network = Network(module, module, torch.float32, CPU)
         learner = Learner(network, optimizer, scaler, None)
-        sums = train_step(learner, mixed, StepOptions(micro_batch, 0.1, None)).sums
+        sums = train_step(learner, mixed, StepOptions(0.1, None), share).sums
         moved.append((module, sums))
     (one, sums_of_one), (parts, sums_of_parts) = moved
     assert distance(one, plain()) > 0
@@ -164,9 +168,9 @@ def test_the_ema_is_its_formula() -> None:
     module = plain()
     ema = average_of(module, 0.9)
     assert ema is not None
-    first, _ = stepped(module, StepOptions(24, 0.0, None), ema=ema)
+    first, _ = stepped(module, StepOptions(0.0, None), ema=ema)
     after_first = [p.detach().clone() for p in first.parameters()]
-    stepped(module, StepOptions(24, 0.0, None), ema=ema)
+    stepped(module, StepOptions(0.0, None), ema=ema)
     for average, one, two in zip(ema.module.parameters(), after_first, module.parameters(), strict=True):
         torch.testing.assert_close(average.detach(), 0.9 * one + 0.1 * two.detach())  # torch begins with the first
 
@@ -206,7 +210,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_added_to_nothing() -> None:
 
 
 def test_a_step_adds_the_checksum_of_its_batch_once() -> None:
-    _, sums = stepped(plain(), StepOptions(6, 0.0, None))
+    _, sums = stepped(plain(), StepOptions(0.0, None), QUARTERS)
     assert Sums.of(sums.tolist()).checksum == 77
     assert no_sums(CPU).shape == sums.shape
 
@@ -223,12 +227,24 @@ def test_an_evaluation_counts_in_evaluation_mode_and_changes_nothing() -> None:
 
 def test_what_a_network_draws_depends_on_seed_step_and_rank_alone() -> None:
     def drawn(seed: int, step: int, rank: int) -> list[float]:
-        seed_step(seed, step, rank)
+        seed_step(seed, step, rank, CPU)
         return torch.rand(3).tolist()
 
     assert drawn(0, 5, 1) == drawn(0, 5, 1)
     others = [drawn(0, 5, 1), drawn(1, 5, 1), drawn(0, 6, 1), drawn(0, 5, 2)]
     assert len({tuple(values) for values in others}) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_network_draws_is_what_it_draws_after_torchs_own_seeding(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    at = torch.device(device)
+    torch.manual_seed(torch_seed(3, Stream.DROPOUT, 5, 1))
+    wanted = [torch.rand(7, device=at), F.dropout(torch.ones(50, device=at), 0.5), torch.rand(3)]
+    seed_step(3, 5, 1, at)
+    drawn = [torch.rand(7, device=at), F.dropout(torch.ones(50, device=at), 0.5), torch.rand(3)]
+    assert all(torch.equal(one, other) for one, other in zip(wanted, drawn, strict=True))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
@@ -254,22 +270,39 @@ def test_restored_state_lies_in_memory_as_its_parameter_does(kind: Any) -> None:
 
 
 @pytest.mark.dist
-def test_gradients_of_two_processes_are_those_of_one_within_1e_6(ranks: Warm) -> None:
-    one = ranks.call("test_step:shares", 1)[0]
-    two = ranks.call("test_step:shares", 2)
-    assert two[0]["weights"] == two[1]["weights"]
-    torch.testing.assert_close(torch.tensor(two[0]["weights"]), torch.tensor(one["weights"]), atol=1e-6, rtol=0)
-    assert [sum(values) for values in zip(two[0]["sums"][:3], two[1]["sums"][:3], strict=True)] == one["sums"][:3]
-    assert one["reduces"] == 0
-    assert two[0]["reduces"] == 1  # accumulation over 4 micro-batches sends gradients once
+@pytest.mark.parametrize(
+    ("world", "size"), [(2, 64), (3, 64), (3, 7), pytest.param(5, 64, marks=pytest.mark.slow)], ids=str
+)
+def test_gradients_of_any_shares_are_those_of_the_mean_over_the_whole_batch_within_1e_6(
+    ranks: Warm, world: int, size: int
+) -> None:
+    module = plain()
+    F.cross_entropy(module(batch(size).images), batch(size).labels, label_smoothing=0.1).backward()
+    wanted = gradient(module)
+    assert wanted.abs().max() > 0.01
+    for accumulation in (1, 2):
+        kwargs = {"size": size, "accumulation": accumulation}
+        (one,) = ranks.call("test_step:shares", 1, kwargs)
+        many = ranks.call("test_step:shares", world, kwargs)
+        assert [one["reduces"], *(each["reduces"] for each in many)] == [0] + [1] * world  # sent once, at the end
+        for each in (one, *many):
+            torch.testing.assert_close(torch.tensor(each["gradient"]), wanted, atol=1e-6, rtol=0)
+        assert all(each["gradient"] == many[0]["gradient"] for each in many)
+        assert [sum(values) for values in zip(*(each["sums"][:3] for each in many), strict=True)] == one["sums"][:3]
+        assert one["sums"][0] == size
 
 
-def shares() -> dict[str, Any]:
-    """One step on this process's share of a batch, in four micro-batches, through DDP where there are others."""
+def gradient(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def shares(size: int, accumulation: int) -> dict[str, Any]:
+    """The gradient from this process's share of a batch, in micro-batches, through DDP where there are others."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     from dtrain import runtime
     from dtrain.model.network import wrap
+    from dtrain.model.step import backward
     from dtrain.world import World, place
 
     torch.set_num_threads(1)
@@ -290,16 +323,14 @@ def shares() -> dict[str, Any]:
             return allreduce_hook(state, bucket)
 
         network.trained.register_comm_hook(None, counting)  # type: ignore[operator]
-    whole = batch()
-    share = slice(at.rank * 24 // at.size, (at.rank + 1) * 24 // at.size)
-    mine = Batch(whole.images[share], whole.labels[share], whole.indices[share], whole.checksum)
-    optimizer = torch.optim.SGD(network.module.parameters(), lr=0.1)
+    whole = batch(size)
+    share = shares_of(size, world_size=at.size, grad_accum_steps=accumulation, unit=1)[at.rank]
+    mine = Batch(*(part[share.positions] for part in (whole.images, whole.labels, whole.indices)), whole.checksum)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    learner = Learner(network, optimizer, scaler, None)
-    sums = train_step(learner, mine, StepOptions(24 // at.size // 4, 0.0, None)).sums
-    weights = torch.cat([p.detach().flatten() for p in network.module.parameters()])
+    sums, _ = backward(network, scaler, mine, StepOptions(0.1, None), share)
+    found = gradient(network.module).tolist()
     world.leave()
-    return {"weights": weights.tolist(), "sums": sums.tolist(), "reduces": reduces}
+    return {"gradient": found, "sums": sums.tolist(), "reduces": reduces}
 
 
 @pytest.mark.gpu
@@ -314,12 +345,12 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(skip: bool) -> None:
     cpu = batch()
     there = Batch(cpu.images.cuda(), cpu.labels.cuda(), cpu.indices, cpu.checksum.cuda())
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    tally, options = Tally(torch.device("cuda"), 24), StepOptions(24, 0.1, 5.0, skip_nonfinite=skip)
+    tally, options = Tally(torch.device("cuda"), 24), StepOptions(0.1, 5.0, skip_nonfinite=skip)
     learner = Learner(network, optimizer, scaler, average_of(module, 0.9))
-    tally += train_step(learner, there, options)
+    tally += train_step(learner, there, options, WHOLE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tally += train_step(learner, there, options)
+        tally += train_step(learner, there, options, WHOLE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -13,7 +13,6 @@ from dtrain.data.beton import Beton, Progress, open_beton, verify_beton
 from dtrain.data.cache import prepare
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import whole_file
-from dtrain.plan import make_plan
 from dtrain.run.console import Console
 from dtrain.settings.data import Data
 
@@ -69,9 +68,10 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
 
     from dtrain.commands.contact_sheet import Tile, contact_sheet
     from dtrain.data.dataset import load_dataset
+    from dtrain.training import plan_of
 
     dataset = Console(True).converting(load_dataset(config))
-    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=1)
+    plan = plan_of(config, train_size=len(dataset.train_samples), image_size=dataset.image_size, world_size=1)
     if not 1 <= step <= plan.total_steps:
         raise UsageError(f"--step {step}: the run has steps 1 to {plan.total_steps}")
     with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
@@ -82,8 +82,9 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
         Tile(picture, _names_of(label, names), f"sample {index}")
         for picture, label, index in zip(pictures, batch.labels.numpy(), batch.indices.tolist(), strict=False)
     ]
-    title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {plan.epoch_at(step - 1) + 1}"
-    size = f"{len(tiles)} of {plan.batch_size} images, {dataset.image_size} x {dataset.image_size}"
+    now = plan.at(step - 1)
+    title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {now.epoch + 1}"
+    size = f"{len(tiles)} of {now.batch_size} images, {now.image_size} x {now.image_size}"
     sheet = contact_sheet(title, f"{size}; {_augmentation(config)}", tiles)
     try:
         with whole_file(out) as part:

@@ -1,4 +1,4 @@
-"""`dtrain train --dry-run`: everything a run would begin with, and no run."""
+"""`dtrain train --dry-run`: prints what a run would start with, and trains nothing."""
 
 from __future__ import annotations
 
@@ -10,43 +10,48 @@ from dtrain.data.dataset import load_dataset
 from dtrain.model.network import build_module
 from dtrain.model.optimization import build_optimizer
 from dtrain.model.rehearsal import first_output, noise, smallest_size_told
-from dtrain.plan import make_plan
 from dtrain.run.console import Console
+from dtrain.training import plan_of
 from dtrain.world import place
 
 FIRST_STEPS = 5
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Print plan, shapes, parameters, memory and first rates. Converts the data set if it must; trains nothing."""
+    """Print the plan, the shapes of inputs and outputs, the parameters, the memory they need and the first rates.
+
+    Converts the data set if that has not been done. Raises what a run would raise before its first step.
+    """
     at, console = place(), Console(place().is_main)
     machine = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size)
     dataset = console.converting(load_dataset(config))
-    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=at.size)
+    plan = plan_of(config, train_size=len(dataset.train_samples), image_size=dataset.image_size, world_size=at.size)
     size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)
 
     def build(pixels: int) -> torch.nn.Module:
         return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
 
-    with smallest_size_told(build, channels, size):
+    with smallest_size_told(build, channels, plan.image_sizes[0]):
         module = build(size)
-        first_output(module, noise(config.seed, (2, channels, size, size), torch.float32), config.arch, classes)
+        for side in plan.image_sizes:
+            first_output(module, noise(config.seed, (2, channels, side, side), torch.float32), config.arch, classes)
     optimizer = build_optimizer(config, module)
     parameters = sum(p.numel() for p in module.parameters())
     decayed = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    first_steps = range(min(FIRST_STEPS, plan.total_steps))
     for line in (*machine.why, *plan.lines(config.lr)):
         console.line(line)
     console.table(
         "dry run",
         [
-            ("images", f"[{plan.micro_batch}, {channels}, {size}, {size}] {machine.amp_dtype}"),
-            ("logits", f"[{plan.micro_batch}, {classes}]"),
+            *(("images", f"[{n}, {channels}, {side}, {side}] {machine.amp_dtype}") for n, side in plan.shapes),
+            ("logits", f"[{plan.largest_micro_batch}, {classes}]"),
             ("parameters", f"{parameters:,} ({decayed:,} with two dimensions or more)"),
             ("weights and gradients", f"{8 * parameters / 2**20:.1f} MiB"),
             ("optimizer", f"{config.opt}, {len(optimizer.param_groups)} groups"),
             (
                 "first rates",
-                ", ".join(f"{config.lr * plan.lr_factor(k * plan.batch_size):.4g}" for k in range(FIRST_STEPS)),
+                ", ".join(f"{config.lr * plan.at(step).lr_factor:.4g}" for step in first_steps),
             ),
         ],
     )

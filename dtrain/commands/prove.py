@@ -1,7 +1,7 @@
-"""`dtrain prove`: dtrain's promises, shown on the user's own run.
+"""`dtrain prove`: shows on the user's own run that dtrain's promises hold.
 
-Real runs of the command line in processes of their own, in a folder that is thrown away: stopped by signals, killed
-with -9, and compared by digests.
+The runs are real ones of the command line, in processes of their own and in a temporary folder. They are stopped by
+signals, killed with -9, and compared by digests.
 """
 
 from __future__ import annotations
@@ -29,11 +29,22 @@ from dtrain.run.rundir import read_record, read_rows
 
 POLL_SECONDS = 0.02
 PARTS = ("network", "optimizer", "ema")
+LAST_STEPS = 3  # of a run; a signal sent during these may arrive after its last save, when nothing is left to stop
 PROVEN = {
-    "resume": "proven: stopped and killed, the run ends with the bits of the unbroken one",
-    "ranks": "proven: the same samples, draws, schedule and counts in every world. Weights may differ, by rounding and "
-    "by layers that see one process's share at a time, as batch norm does: the table says from which step, and how far",
+    "resume": "proven: stopped and killed, the run ends with the same bits as the uninterrupted one",
+    "ranks": "proven: samples, random draws, schedule and evaluation counts are the same for every number of "
+    "processes. Weights may differ by rounding, and by layers that see one process's share at a time, such as batch "
+    "norm: the table says from which step on the losses differ, and how far the final weights are apart",
 }
+
+
+def _exact(flags: Sequence[str]) -> list[str]:
+    """`flags`, with --deterministic where the run may be on a GPU: without it, CUDA kernels are chosen by timing."""
+    import torch
+
+    on_cpu = "--device=cpu" in flags or ("--device", "cpu") in zip(flags, flags[1:], strict=False)
+    said = {"--deterministic", "--no-deterministic"} & set(flags)
+    return [*flags] if on_cpu or said or not torch.cuda.is_available() else [*flags, "--deterministic"]
 
 
 def _command(flags: Sequence[str], output: Path) -> list[str]:
@@ -57,6 +68,11 @@ def _step_of(output: Path) -> int:
     return 0
 
 
+def _finished(output: Path) -> bool:
+    record = read_record(output)
+    return record is not None and record.status == "finished"
+
+
 def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Signals) -> int:
     """Start the run and send it `how` once it has itself saved a step at or past `step`; returns the exit code."""
     before = _step_of(output)
@@ -76,7 +92,7 @@ def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Sig
 
 
 def _descendants(pid: int) -> list[int]:
-    """Every process that comes from `pid`: a launcher gives its workers sessions of their own."""
+    """Every process that `pid` started, and those that these started: a launcher's workers are not in its session."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -86,33 +102,41 @@ def _descendants(pid: int) -> list[int]:
 
 
 def digests(output: Path) -> dict[str, str]:
-    """What two equal runs have equal: SHA-256 of each part of the last checkpoint and of the train and eval rows."""
+    """What is the same for two equal runs: SHA-256 of each part of the last checkpoint and of the train and eval rows.
+
+    Without the rows' `clock`, which holds times. Raises ProofError if `output` has no sound checkpoint.
+    """
     saved = _load_last(output)
     parts = {name: checkpoint.digest(saved.parts[name]) for name in PARTS if name in saved.parts}
     return {"step": str(saved.step), **parts, "rows": _digest(comparable(read_rows(output)))}
 
 
 def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
-    """Straight against stopped: the run of `flags` once unbroken, once interrupted `stops` times at random steps.
+    """Compare the run of `flags` without interruption to the same run interrupted `stops` times at random steps.
 
-    Every second interruption is SIGKILL, the others SIGTERM. Raises ProofError naming the first differing tensor, or
-    where the run came to its end before any interruption.
+    Every second interruption is SIGKILL, the others are SIGTERM; after each, the same command goes on. Returns the
+    interruptions and a row for each part that was compared. Raises ProofError that names the first tensor or row that
+    differs, or if the run ended before any interruption; UsageError if the run itself fails. On CUDA the runs are
+    made with --deterministic, unless the flags say otherwise.
     """
     if stops < 1:
         raise UsageError(f"--stops {stops}: give a number greater than 0")
+    flags = _exact(flags)
     with tempfile.TemporaryDirectory(prefix="dtrain-prove-") as folder:
         straight, broken = Path(folder) / "straight", Path(folder) / "stopped"
         _run(flags, straight)
         total = _step_of(straight)
-        steps = sorted(random.SystemRandom().sample(range(1, max(2, total)), min(stops, max(1, total - 1))))
+        possible = range(1, max(2, total - LAST_STEPS + 1))
+        steps = sorted(random.SystemRandom().sample(possible, min(stops, len(possible))))
         history = []
         for number, step in enumerate(steps):
             how = signal.SIGKILL if number % 2 else signal.SIGTERM
             code = _interrupt_at(flags, broken, step, how)
-            if code not in (ExitCode.DONE, ExitCode.STOPPED, -signal.SIGKILL):
+            if _finished(broken):  # before the signal arrived, which then says nothing about the run
+                break
+            if code not in (ExitCode.STOPPED, -signal.SIGKILL):
                 raise ProofError(f"asked to stop by {how.name} at step {step}, the run ended with {code}")
-            if code:  # else it was at its end before the signal came
-                history.append({"asked_at_step": step, "by": how.name, "exit_code": code})
+            history.append({"asked_at_step": step, "by": how.name, "exit_code": code})
         if not history:
             raise ProofError(f"the run of {total} steps ended before it could be interrupted; give it more --steps")
         _run(flags, broken)
@@ -140,12 +164,14 @@ def _first_difference(a: Path, b: Path) -> str:
 
 
 def prove_ranks(flags: Sequence[str], *, worlds: Sequence[int]) -> dict[str, Any]:
-    """The run of `flags` in every world size, as it really went.
+    """Compare the run of `flags` on each of these numbers of processes.
 
-    Must be equal, else ProofError: samples and draws (each step's checksum, summed over the processes), schedule, and
-    the counts that each world finds for one and the same checkpoint. Told: at which step rounding first shows in the
-    loss, and how far the final weights are then apart from the first world's.
+    What must be the same for each, else ProofError: samples and random draws (the checksum of each step, summed over
+    its processes), the learning rates, and the evaluation counts of one and the same checkpoint. What is only told: the
+    first step whose loss differs from the first world's, and the largest difference of a final weight. On CUDA the
+    runs are made with --deterministic, unless the flags say otherwise.
     """
+    flags = _exact(flags)
     with tempfile.TemporaryDirectory(prefix="dtrain-prove-") as folder:
         outputs = {world: Path(folder) / f"world-{world}" for world in worlds}
         for world, output in outputs.items():
@@ -200,7 +226,10 @@ def _distance(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> float:
 
 
 def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -> list[dict[str, Any]]:
-    """What `world` processes count for the last checkpoint of `run`, as if a stop had left its evaluation due."""
+    """The eval rows that `world` processes write for the last checkpoint of `run`.
+
+    A copy of the run is resumed whose checkpoint says that its evaluation is still due.
+    """
     saved = _load_last(run)
     shutil.copytree(run, output, ignore=shutil.ignore_patterns(checkpoint.FOLDER, "lock", "trackers"))
     (output / checkpoint.FOLDER).mkdir()
@@ -216,7 +245,7 @@ def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -
 
 
 def report(result: dict[str, Any], *, as_json: bool) -> None:
-    """Print a proof: a table of digests, and that they are equal."""
+    """Print what a proof found: a table of digests (of each the first 16 digits), the interruptions, the conclusion."""
     from dtrain.commands.show import print_table
 
     rows = [{k: v[:16] if isinstance(v, str) and len(v) == 64 else v for k, v in row.items()} for row in result["rows"]]

@@ -1,7 +1,8 @@
-"""`dtrain replay RUN --step K`: one step of a run, rebuilt and looked at alone.
+"""`dtrain replay RUN --step K`: computes one step of a run again, to look at it alone.
 
-The step that rows and the console call K is computed again, in one process, from the newest checkpoint before it: the
-run's samples, augmentation and dropout, share by share as its processes had them. Nothing is written into the run.
+K counts steps as the rows of metrics.jsonl and the console do. One process goes from the newest checkpoint before K to
+that step with the run's own samples, augmentation and dropout, and computes the share of each of the run's processes,
+one after the other. Nothing is written into the run directory.
 """
 
 from __future__ import annotations
@@ -29,63 +30,73 @@ from dtrain.model.network import build_module, wrap
 from dtrain.model.nonfinite import Before
 from dtrain.model.optimization import set_lr
 from dtrain.model.step import StepOptions, backward, seed_step, update
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
 from dtrain.run import checkpoint
 from dtrain.run.console import Console
 from dtrain.run.recorder import refuse_other_data
 from dtrain.run.rows import EventRow
 from dtrain.run.rundir import read_record, read_rows
 from dtrain.run.state import TrainState, read_state
+from dtrain.training import plan_of
 from dtrain.world import Place, World
 
 Pixels = npt.NDArray[np.uint8]
-SHOWN, PICTURES = 10, 256  # samples that are listed, and at most drawn
+SHOWN, PICTURES = 10, 256  # the most samples that are listed, and the most that are drawn
 
 
 @dataclass(frozen=True)
 class Replayer:
-    """A run's learner at `state`, able to go on by its own steps in this process alone."""
+    """A run as it stood at `state`, and what computes its next steps in this process alone.
+
+    plan: the run's, with its own number of processes. loader: of whole global batches, not of one process's share.
+    """
 
     config: TrainConfig
-    plan: Plan  # of the run, with its own number of processes
+    plan: Plan
     dataset: DataSet
     learner: Learner
     state: TrainState
-    loader: Loader  # of whole global batches
+    loader: Loader
     options: StepOptions
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Before]:
-        """Compute the gradient of this step; returns the losses of the global batch, and the buffers before it.
+        """Compute the gradient of this step; returns the losses of the global batch, and copies of the old buffers.
 
-        Each process's share by itself: with its own draws, from one set of buffers, of which rank 0's remain.
+        The shares are computed one after the other, each with its own process's random draws and from the same buffers.
+        Rank 0's share comes last, since in a run the buffers of rank 0 are the ones that are saved.
         """
-        learner, network, plan = self.learner, self.learner.network, self.plan
+        learner, network, now = self.learner, self.learner.network, self.plan.at(self.state.step)
         learner.optimizer.zero_grad(set_to_none=True)
-        set_lr(learner.optimizer, plan.lr_factor(self.state.samples))
+        set_lr(learner.optimizer, now.lr_factor)
         before, losses = Before(network.module.buffers()), []
         always = torch.ones((), dtype=torch.bool, device=network.device)
-        for rank in reversed(range(plan.world_size)):
+        for rank in reversed(range(len(now.shares))):
             before.put_back(always)
-            seed_step(self.config.seed, self.state.step, rank)
-            share = slice(rank * plan.share, (rank + 1) * plan.share)
-            part = Batch(batch.images[share], batch.labels[share], batch.indices[share], batch.checksum)
-            losses.append(backward(network, learner.scaler, part, self.options, shares=plan.world_size)[1])
+            seed_step(self.config.seed, self.state.step, rank, network.device)
+            share = replace(now.shares[rank], mean_over=now.batch_size)  # a sum, no average
+            at = share.positions
+            part = Batch(batch.images[at], batch.labels[at], batch.indices[at], batch.checksum)
+            losses.append(backward(network, learner.scaler, part, self.options, share)[1])
         return torch.cat(losses[::-1]), before
 
     def apply(self, buffers: Before) -> bool:
-        """The update from the gradient that is there, as the run made it; whether it was skipped."""
+        """Update the learner from the gradient that `gradient` left, as the run did; returns whether it was skipped.
+
+        buffers: what `gradient` returned, to be put back if the update is skipped.
+        """
         learner = self.learner
         skipped = update(learner, self.options, buffers)
-        self.state.advance(self.plan.batch_size)
+        self.state.advance(self.plan.at(self.state.step).batch_size)
         return bool(skipped)
 
 
 def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute step `step` of `run` again and write its pictures to `out` (default: replay-RUN-STEP here).
+    """Compute step `step` of `run` again and write its pictures to the folder `out`.
 
-    here: settings in place of the run's own, such as its device and folders.
-    Returns what `print_replay` shows. Raises UsageError for a step that cannot be reached, DataError where the data
-    set is no longer that of the run. Costs the steps since the newest checkpoint before it.
+    step: counted from 1. out: by default replay-RUN-STEP in the current folder. here: settings that replace the run's
+    own, such as device and folders.
+    Returns what `print_replay` shows. Raises UsageError for a step that the run does not have or that no checkpoint
+    precedes, DataError if the data set has changed since. Takes the time of the steps since that checkpoint.
     """
     out = out or Path(f"replay-{run.resolve().name}-{step:08d}")
     if out.resolve().is_relative_to(run.resolve()):
@@ -99,7 +110,8 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     runtime.apply(machine)
     dataset = Console(False).converting(load_dataset(config))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
-    plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world_size)
+    sizes = {"train_size": len(dataset.train_samples), "image_size": dataset.image_size}
+    plan = plan_of(config, **sizes, world_size=world_size)
     if not 0 < step <= plan.total_steps:
         raise UsageError(f"--step {step}: this run has the steps 1 to {plan.total_steps}")
     classes, size = len(dataset.train.class_names), dataset.image_size
@@ -107,8 +119,8 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
     state, counts = read_state(saved.state)
     learner.restore(saved.parts, counts)
-    options = StepOptions.of(config, plan)
-    whole = replace(plan, world_size=1, share=plan.batch_size)
+    options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
+    whole = plan_of(config, **sizes, world_size=1)
     network = learner.network
     with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
         replayer = Replayer(config, plan, dataset, learner, state, loader, options)
@@ -153,7 +165,7 @@ def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:
 
 
 def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
-    """The step that `batch` is of: its losses, its gradient, what is not finite before and after."""
+    """Compute the step that `batch` belongs to: its losses, its gradient, and which tensors are not finite."""
     learner, module = replayer.learner, replayer.learner.network.module
     before = _not_finite(learner.network.tensors())
     losses_N, buffers = replayer.gradient(batch)
@@ -163,9 +175,9 @@ def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
     skipped = replayer.apply(buffers)
     losses = losses_N.tolist()
     finite = [loss for loss in losses if math.isfinite(loss)]
-    # what is not finite first, then by size
+    # losses that are not finite come first, then the largest
     order = sorted(range(len(losses)), key=lambda i: (math.isfinite(losses[i]), -losses[i], i))
-    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()  # mixed: the greater part
+    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()  # if mixed, the larger part
     names = replayer.dataset.train.class_names
     return {
         "loss": sum(finite) / max(1, len(finite)),
@@ -212,7 +224,7 @@ def _write_pictures(out: Path, title: str, pictures: Pixels, rows: list[dict[str
 
 
 def print_replay(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print what `replay` returned, for people."""
     processes = found["processes"]
     shares = f"; the shares of {processes} processes one after the other, so rounding may differ" * (processes > 1)
     if processes > 1 and found["sync_bn"]:

@@ -10,6 +10,7 @@ from typing import Any
 from dtrain.plugins import Kind, listed, recipes
 from dtrain.run.console import aligned
 from dtrain.settings import SETTINGS, TrainConfig
+from dtrain.settings.values import plain
 
 
 def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
@@ -30,6 +31,7 @@ def config_rows(config: TrainConfig) -> list[dict[str, Any]]:
 def _shown(value: Any) -> Any:
     if isinstance(value, dict):
         return " ".join(f"{k}={v}" for k, v in value.items())
+    value = value if value is None else plain(value)
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 

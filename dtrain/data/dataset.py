@@ -80,10 +80,11 @@ class DataSet:
         def request_at(step: int) -> Request | None:
             if step >= plan.total_steps:
                 return None
-            return Request(self.train_samples[plan.share_of(step, rank)], plan.epoch_at(step))
+            now = plan.at(step)
+            return Request(self.train_samples[plan.batch(step)[now.shares[rank].positions]], now.epoch)
 
         augmentation = Augmentation.of(config)
-        return self._open(config, self.train, request_at, augmentation, plan.share, dtype, device)
+        return self._open(config, self.train, request_at, augmentation, plan.largest_share, dtype, device)
 
     def chunks(
         self, config: TrainConfig, rank: int, world_size: int, dtype: torch.dtype, device: torch.device
@@ -145,7 +146,7 @@ def load_dataset(config: TrainConfig) -> Generator[Progress, None, DataSet]:
     """The data set of `config`, converted first where that is due; yields progress. Raises what `prepare` raises."""
     betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir, config.conversion())
     train, test = betons["train"], betons["test"]
-    seen = (config.image_size or train.image_size, _channels(config, train))
+    seen = (config.image_size.largest if config.image_size else train.image_size, _channels(config, train))
     if config.val_split is None:
         return DataSet(*seen, train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
     held = stratified(train.labels, config.val_split, config.seed)

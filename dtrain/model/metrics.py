@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtrain.plan import Plan
 from dtrain.world import World
 
 LOSS_UNIT = 2.0**-20  # a loss of 2.3 is 2,411,724 units; 2^63 of them are 8.8e12 images at loss 1
-FIELDS = 7  # images, hits, hits among the first five, loss units, non-finite losses, skipped images, checksum
-IMAGES, SKIPPED, CHECKSUM = 0, 5, 6
+FIELDS = 7  # images, hits, hits among the first five, loss units, non-finite losses, skipped steps, checksum
+SKIPPED, CHECKSUM = 5, 6
 NEVER = 2**62
 
 
@@ -36,8 +37,8 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) 
     losses_N: (N,) float32; logits_NK: (N, K) any float type; labels: (N,) int64 in [0, K), or shares of the classes,
     (N, K) float32, of which the largest counts as right (at a tie each of them), and without `top5`.
     Returns (7,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
-    the count of losses that are not finite, which add nothing to the sum, and 0 in the places of the images whose
-    update was skipped and of the batch's checksum. For K < 5 top-5 is top-K. No host sync.
+    the count of losses that are not finite, which add nothing to the sum, and 0 in the places of the count of skipped
+    steps and of the batch's checksum. For K < 5 top-5 is top-K. No host sync.
     """
     finite_N = losses_N.isfinite()
     units = (torch.where(finite_N, losses_N, 0.0) / LOSS_UNIT).round().to(torch.int64).sum()
@@ -65,25 +66,30 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fault:
-    """The first step that went wrong: how many steps ago it was, and the positions in its global batch that did."""
+    """The first step that went wrong.
 
-    steps_ago: int
+    step: how many updates were done after it, as rows count steps. positions: where in its global batch the images lie
+    whose loss is not finite, in ascending order; none if only the gradient is not.
+    """
+
+    step: int
     positions: list[int]
 
 
 class Tally:
-    """The outcomes of this process's steps since they were last read. Adding one is a few tiny device operations.
+    """The outcomes of this process's steps since they were last read. Adding one does not wait for the device.
 
-    streak: updates skipped in a row up to now, int64 [], which a read leaves alone; longest: the most so far.
+    largest_share: the most images of this process in any step. streak: updates skipped in a row up to now, int64 [],
+    which a read leaves alone; longest: the most since the last read.
     """
 
-    def __init__(self, device: torch.device, share: int, streak: int = 0) -> None:
+    def __init__(self, device: torch.device, largest_share: int, streak: int = 0) -> None:
         self.sums = no_sums(device)
         self.streak = torch.tensor(streak, device=device)
         self.longest = self.streak.clone()
         self._steps = 0
-        self._first = torch.tensor(NEVER, device=device)  # of these steps, the first with a fault
-        self._faulty_N = torch.zeros(share, dtype=torch.bool, device=device)  # in that step
+        self._first = torch.tensor(NEVER, device=device)  # which of these steps, from 0, was the first with a fault
+        self._faulty_N = torch.zeros(largest_share, dtype=torch.bool, device=device)  # of that step's share
 
     def __iadd__(self, outcome: Outcome) -> Tally:
         self.sums += outcome.sums
@@ -92,26 +98,32 @@ class Tally:
         faulty_N = ~outcome.losses.isfinite()
         is_first = (faulty_N.any() | outcome.skipped) & (self._first == NEVER)
         self._first = torch.where(is_first, self._steps, self._first)
-        self._faulty_N = torch.where(is_first, faulty_N, self._faulty_N)
+        kept_N = self._faulty_N[: len(faulty_N)]
+        torch.where(is_first, faulty_N, kept_N, out=kept_N)
         self._steps += 1
         return self
 
-    def first_fault(self, world: World) -> Fault:
-        """The first fault on any process since the last read; call it where there was one. Collective, a host sync."""
+    def first_fault(self, world: World, plan: Plan, step: int) -> Fault:
+        """The first fault on any process since the last read; call it after `step` updates, if there was a fault.
+
+        plan: says where this process's share lay in the batch of that step. Collective, with a host sync.
+        """
         mine = int(self._first)
         first = world.least(mine)
-        share = len(self._faulty_N)
-        marks = torch.zeros(share * world.size, dtype=torch.int64)
+        faulty_step = step - self._steps + 1 + first
+        now = plan.at(faulty_step - 1)
+        marks = torch.zeros(now.batch_size, dtype=torch.int64)
         if mine == first:
-            marks[world.rank * share : (world.rank + 1) * share] = self._faulty_N.cpu()
-        positions = [position for position, faulty in enumerate(world.total(marks)) if faulty]
-        return Fault(self._steps - 1 - first, positions)
+            share = now.shares[world.rank]
+            marks[share.positions] = self._faulty_N[: share.size].cpu().long()
+        return Fault(faulty_step, [position for position, faulty in enumerate(world.total(marks)) if faulty])
 
     def begin_anew(self) -> None:
-        """Forget what has been read."""
+        """Forget what has been read, but for the streak."""
         self.sums.zero_()
         self.longest = self.streak.clone()
         self._first.fill_(NEVER)
+        self._faulty_N.zero_()  # the next fault may be of a smaller share
         self._steps = 0
 
 
@@ -124,7 +136,7 @@ class Sums:
     hits5: int
     loss_units: int
     nonfinite: int
-    skipped_images: int
+    skipped_steps: int
     checksum: int
 
     @classmethod

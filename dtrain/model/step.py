@@ -14,44 +14,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
 from dtrain.keyed import Stream, torch_seed
 from dtrain.model.learner import Learner
-from dtrain.model.metrics import CHECKSUM, IMAGES, SKIPPED, Outcome, sums_of
+from dtrain.model.metrics import CHECKSUM, SKIPPED, Outcome, sums_of
 from dtrain.model.network import Network
 from dtrain.model.nonfinite import Before, gradients_not_finite, poisoned, state_tensors
-from dtrain.plan import Plan
+from dtrain.plan import Share
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss: Szegedy et al. 2015, "Going deeper with convolutions", section 5
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is computed: images of a micro-batch, label smoothing in [0, 1), largest gradient norm.
+    """How every step of a run is computed.
 
+    smoothing: label smoothing, in [0, 1). clip_grad: the largest norm that a gradient may have, None for any.
     skip_nonfinite: leave out an update whose loss or gradient is not finite on any process.
     """
 
-    micro_batch: int
     smoothing: float
     clip_grad: float | None
     skip_nonfinite: bool = False
 
-    @classmethod
-    def of(cls, config: TrainConfig, plan: Plan) -> StepOptions:
-        """As a run has them."""
-        skip = config.on_nonfinite == "skip"
-        return cls(plan.micro_batch, config.smoothing, config.clip_grad, skip_nonfinite=skip)
 
-
-def seed_step(seed: int, step: int, rank: int) -> None:
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Make all that a network may draw in this step (dropout and the like) a function of (seed, step, rank).
 
-    Sets torch's, numpy's and Python's generators; micro-batches then draw in order. Tens of microseconds.
+    Seeds the generators of numpy, of Python, and those of torch for the CPU and for `device`, with the values and so
+    the draws of `torch.manual_seed`; micro-batches then draw in order. Some ten microseconds.
     """
     value = torch_seed(seed, Stream.DROPOUT, step, rank)
-    torch.manual_seed(value)
+    # not torch.manual_seed: for each back end that is not there it notes a traceback, 0.1 ms in all
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)  # of the current device, which is this process's own
     np.random.seed(value % 2**32)  # noqa: NPY002 - networks that draw from numpy draw from this generator
     random.seed(value)
 
@@ -69,7 +66,7 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
     return losses_N, outputs[0]
 
 
-def train_step(learner: Learner, batch: Batch, options: StepOptions) -> Outcome:
+def train_step(learner: Learner, batch: Batch, options: StepOptions, share: Share) -> Outcome:
     """One update from this process's share of a batch, in micro-batches; then the EMA.
 
     Collective: gradients are averaged over processes in the last micro-batch's backward pass, and unscaled before they
@@ -78,28 +75,33 @@ def train_step(learner: Learner, batch: Batch, options: StepOptions) -> Outcome:
     """
     learner.optimizer.zero_grad(set_to_none=True)
     buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())  # the forward pass moves them
-    sums, losses_N = backward(learner.network, learner.scaler, batch, options)
+    sums, losses_N = backward(learner.network, learner.scaler, batch, options, share)
     skipped = update(learner, options, buffers)
-    sums[SKIPPED] = torch.where(skipped, sums[IMAGES], 0)
+    if share.first == 0:  # the update of all processes is one: it is counted by the first of them
+        sums[SKIPPED] = skipped
     return Outcome(sums, losses_N, skipped)
 
 
 def backward(
-    network: Network, scaler: torch.amp.GradScaler, batch: Batch, options: StepOptions, *, shares: int = 1
+    network: Network, scaler: torch.amp.GradScaler, batch: Batch, options: StepOptions, share: Share
 ) -> tuple[Tensor, Tensor]:
-    """Add the (scaled) gradient of a share of a batch to what is there, divided by `shares`.
+    """Add the (scaled) gradient of a share of a batch to the gradients that are there.
 
+    batch: the images of `share`. What is added is the gradient of the sum of their losses over `share.mean_over`,
+    computed one micro-batch at a time; the processes' gradients are averaged in the last one's backward pass.
     Returns the share's sums with its checksum, int64 [7], and its losses, float32 [N], both on the device.
     """
-    images, labels = torch.split(batch.images, options.micro_batch), torch.split(batch.labels, options.micro_batch)
+    sizes = list(share.micro_batches)
     sums, losses = [], []
-    for part, (images_NCHW, targets) in enumerate(zip(images, labels, strict=True), start=1):
-        travels = contextlib.nullcontext() if part == len(images) else network.keep_gradients_local()
+    parts = zip(sizes, torch.split(batch.images, sizes), torch.split(batch.labels, sizes), strict=True)
+    for part, (size, images_NCHW, targets) in enumerate(parts, start=1):
+        travels = contextlib.nullcontext() if part == len(sizes) else network.keep_gradients_local()
         with travels:
             with network.autocast():
                 output = network.trained(images_NCHW)
             losses_N, logits_NK = loss_of(output, targets, options.smoothing)
-            loss = losses_N.mean() / (len(images) * shares)
+            # the mean, and not the sum over mean_over: of equal micro-batches it is divided by their number, exactly
+            loss = losses_N.mean() / (share.mean_over / size)
             if options.skip_nonfinite:
                 loss = poisoned(loss, losses_N)
             torch.autograd.backward(scaler.scale(loss))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from dtrain.errors import UsageError
+from dtrain.settings.staged import Staged
 from dtrain.settings.values import Panel, Unfit, numbers, setting, within
 
 OWN_SIZE = 64  # a folder or tar of equal squares up to this side keeps it: small sets are drawn for their size
@@ -58,11 +59,11 @@ class Data(Panel):
     cache_dir: Path | None = setting(
         None, "folder where converted data sets are kept [default: the user's cache folder]", place=True
     )
-    image_size: int | None = setting(
+    image_size: Staged | None = setting(
         None,
-        "side in pixels of the images that the network sees [default: the data set's own; for folders and tars 224, or "
-        f"their own size where all images are equal squares of at most {OWN_SIZE} pixels]",
-        _size,
+        "side in pixels of the images that the network sees; 16,32@4 changes it at epoch 4 [default: that of the data "
+        f"set; for folders and tars 224, or their own where all images are equal squares of at most {OWN_SIZE} pixels]",
+        lambda staged: _size(staged.largest),
     )
     resize: Literal["crop", "squash"] = setting(
         "crop",
@@ -103,10 +104,12 @@ class Data(Panel):
 
     def check(self) -> None:
         """Images are cropped out of what is stored, so that must not be smaller."""
-        if self.store_size is not None and self.store_size < (self.image_size or LARGEST_SIZE):
+        least = self.image_size.largest if self.image_size else LARGEST_SIZE
+        if self.store_size is not None and self.store_size < least:
             size = f"below --image-size {self.image_size}" if self.image_size else "needs an --image-size"
             raise UsageError(f"--store-size {self.store_size}: {size}; images are cropped out of what is stored")
 
     def conversion(self) -> Conversion:
         """What is asked of the data set's conversion."""
-        return Conversion(self.image_size, self.resize, self.store_size, self.bad_images)
+        largest = self.image_size.largest if self.image_size else None
+        return Conversion(largest, self.resize, self.store_size, self.bad_images)

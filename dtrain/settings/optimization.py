@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from dtrain.settings.staged import Staged
 from dtrain.settings.values import Panel, above, at_least, setting, within
 
 
@@ -27,8 +28,10 @@ class Optimization(Panel):
         flags=("--weight-decay", "--wd"),
         of="opt",
     )
-    batch_size: int = setting(
-        128, "images in one step, over all processes together", above(0), flags=("-b", "--batch-size")
+    batch_size: Staged = setting(
+        Staged.parse(128),
+        "images in one step, over all processes together; 64,640@200 changes it at epoch 200",
+        flags=("-b", "--batch-size"),
     )
     epochs: float = setting(10.0, "passes over the training set; fractions such as 2.5 are allowed", above(0))
     steps: int | None = setting(None, "number of optimizer updates, in place of --epochs", above(0), of="epochs")

@@ -286,6 +286,8 @@ def plain(value: Any) -> Any:
     """A value as JSON and TOML know it: paths, intervals and stages as text, tuples as lists."""
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
+    if hasattr(value, "plain"):
+        return value.plain
     return value if isinstance(value, bool | int | float | str | dict) else str(value)
 
 
