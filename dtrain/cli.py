@@ -14,7 +14,7 @@ import typer
 import dtrain
 from dtrain.config import RUN_CONFIG, Conversion, TrainConfig, coerced, settings_fields, type_of
 from dtrain.errors import EXIT_STOPPED_UNSAVED, UsageError, nearest
-from dtrain.plugins import find
+from dtrain.plugins import KINDS, find
 from dtrain.ranges import flag_of
 from dtrain.run import trackers
 
@@ -166,6 +166,7 @@ def _train(
         raise UsageError(f"--nproc {nproc}: give 1 or more")
     find("architecture", asked.arch)  # a slip is told before torch is imported
     find("optimizer", asked.opt)
+    find("schedule", asked.schedule)
     trackers.find(asked.track)
     if nproc > 1:
         from dtrain.commands.launch import launch
@@ -263,7 +264,7 @@ def _sync(
 
 @app.command("archs", rich_help_panel=INSTALLED)
 def _archs(json_: JsonFlag = False) -> None:
-    """List the architectures that are installed; imports none of them."""
+    """List the architectures that are installed. None of them is imported."""
     from dtrain.commands.show import plugin_rows, print_table
 
     print_table("architectures", plugin_rows("architecture"), as_json=json_)
@@ -271,7 +272,7 @@ def _archs(json_: JsonFlag = False) -> None:
 
 @app.command("optimizers", rich_help_panel=INSTALLED)
 def _optimizers(json_: JsonFlag = False) -> None:
-    """List the optimizers that are installed; imports none of them."""
+    """List the optimizers that are installed. None of them is imported."""
     from dtrain.commands.show import plugin_rows, print_table
 
     print_table("optimizers", plugin_rows("optimizer"), as_json=json_)
@@ -279,11 +280,14 @@ def _optimizers(json_: JsonFlag = False) -> None:
 
 @plugins_app.callback()
 def _plugins(context: typer.Context, json_: JsonFlag = False) -> None:
-    """List every plugin and recipe with the package it comes from; imports none of them. Or begin your own: new."""
+    """List all architectures, optimizers, schedules, data sets, trackers and recipes with the package of each.
+
+    None of them is imported. The verb `new` begins a package of your own.
+    """
     from dtrain.commands.show import plugin_rows, print_table, recipe_rows
 
     if context.invoked_subcommand is None:
-        rows = [*plugin_rows("architecture"), *plugin_rows("optimizer"), *recipe_rows()]
+        rows = [row for kind in KINDS for row in plugin_rows(kind)] + recipe_rows()
         print_table("plugins", rows, as_json=json_)
 
 
@@ -307,13 +311,15 @@ def _data_convert(
     resize: Annotated[str, typer.Option(help="as of `dtrain train`")] = "crop",
     store_size: Annotated[int | None, typer.Option(help="as of `dtrain train`")] = None,
     bad_images: Annotated[str, typer.Option(help="as of `dtrain train`")] = "stop",
+    dataset_opt: Annotated[list[str] | None, typer.Option(metavar="K=V", help="as of `dtrain train`")] = None,
 ) -> None:
     """Convert a data set for training, ahead of it."""
     asked = Conversion(image_size, resize, store_size, bad_images)
+    options = coerced("dataset_opt", dataset_opt or [])
     from dtrain.commands.data import convert
     from dtrain.run.console import Console
 
-    for path in Console(True).converting(convert(dataset, data_dir, cache_dir, asked)).values():
+    for path in Console(True).converting(convert(dataset, data_dir, cache_dir, asked, options)).values():
         print(path.path)
 
 

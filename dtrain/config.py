@@ -21,7 +21,6 @@ from dtrain.errors import PluginError, UsageError, nearest
 from dtrain.files import canonical_json
 from dtrain.plugins import find_recipe, read_recipe, recipe_for
 from dtrain.ranges import check_ranges, flag_of
-from dtrain.schedules import SCHEDULES
 
 Mark = Literal["result", "place"]
 # What belongs to a choice: a layer that chooses otherwise than those below it begins these anew; the options that a
@@ -30,6 +29,7 @@ BELONGS = {
     "arch": ("arch_opt",),
     "opt": ("opt_opt", "momentum", "nesterov", "weight_decay"),
     "schedule": ("schedule_opt",),
+    "dataset": ("dataset_opt",),
 }
 RESIZES, BAD_IMAGES = ("crop", "squash"), ("stop", "skip")
 OWN_SIZE = 64  # a folder or tar of equal squares up to this side keeps it: small sets are drawn for their size
@@ -127,7 +127,12 @@ class TrainConfig:
     )
     epochs: float = setting(10.0, "Optimization", "result", "passes over the training set; 2.5 is allowed")
     steps: int | None = setting(None, "Optimization", "result", "optimizer updates, instead of --epochs")
-    schedule: str = setting("linear", "Optimization", "result", "course of the learning rate", choices=tuple(SCHEDULES))
+    schedule: str = setting(
+        "linear",
+        "Optimization",
+        "result",
+        "course of the learning rate: `dtrain plugins` lists the schedules; or ./file.py:function",
+    )
     schedule_opt: dict[str, str] = setting(
         {}, "Optimization", "result", "option of the schedule, key=value; repeatable"
     )
@@ -150,9 +155,10 @@ class TrainConfig:
         "cifar10",
         "Data",
         "result",
-        "digits, synthetic, mnist, cifar10, cifar100; a folder or tar with train/CLASS/ and val|test/CLASS/; a folder "
-        "with train.beton and val|test.beton",
+        "a name such as digits or cifar10: `dtrain plugins` lists them; a folder or tar with train/CLASS/ and "
+        "val|test/CLASS/; a folder with train.beton and val|test.beton; or ./file.py:function",
     )
+    dataset_opt: dict[str, str] = setting({}, "Data", "result", "option of a named data set, key=value; repeatable")
     data_dir: Path = setting(Path("data"), "Data", "place", "where named data sets are looked for and downloaded to")
     cache_dir: Path | None = setting(
         None, "Data", "place", "where converted data sets are kept [default: the user's cache folder]"
@@ -300,7 +306,10 @@ class TrainConfig:
     keep: int = setting(2, "The run", "place", "checkpoints to keep beside the last and the best")
     log_interval: int = setting(50, "The run", "place", "steps between two log lines")
     track: tuple[str, ...] = setting(
-        (), "The run", "place", "trackers to send the curves to, comma-separated: wandb, tensorboard, csv"
+        (),
+        "The run",
+        "place",
+        "trackers to send the curves to, comma-separated, such as csv,wandb: `dtrain plugins` lists them",
     )
     max_time: str | None = setting(None, "The run", "place", "save and stop after this long: 90s, 45min, 2h")
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 EXIT_STOPPED_UNSAVED = 130
+MOST_CHOICES = 100  # that an error line lists; a family may have thousands
 
 
 class DtrainError(Exception):
@@ -80,7 +81,7 @@ class Stopped(DtrainError):
 
 
 def nearest(asked: str, choices: Iterable[str]) -> str:
-    """The end of an error line: the closest of `choices` to `asked`, else all of them.
+    """The end of an error line: the closest of `choices` to `asked`, else all of them, or the first of very many.
 
     nearest("adamv", ["adam", "sgd"]) == "did you mean 'adam'?"; with nothing close, "choose from: adam, sgd".
     """
@@ -88,4 +89,5 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "choose from: " + ", ".join(known) if known else "there are none"
+    more = f", ... ({len(known)} in all)" if len(known) > MOST_CHOICES else ""
+    return "choose from: " + ", ".join(known[:MOST_CHOICES]) + more if known else "there are none"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ import numpy.typing as npt
 from dtrain import keyed, schedules
 from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
-from dtrain.plugins import parse_options
 from dtrain.ranges import Every, flag_of, parse_every
 
 
@@ -39,7 +37,7 @@ class Plan:
     total_steps: int
     warmup_samples: int
     schedule: str
-    schedule_options: tuple[tuple[str, Any], ...]
+    course: schedules.Schedule
     log_interval: int
     eval_every: Every
     save_every: Every
@@ -69,12 +67,7 @@ class Plan:
     def lr_factor(self, samples: int) -> float:
         """What every group's own learning rate is multiplied by in the step that begins with `samples` seen."""
         return schedules.factor(
-            self.schedule,
-            samples,
-            self.total_samples,
-            warmup=self.warmup_samples,
-            batch=self.batch_size,
-            options=dict(self.schedule_options),
+            self.course, samples, self.total_samples, warmup=self.warmup_samples, batch=self.batch_size
         )
 
     def logs_at(self, step: int) -> bool:
@@ -171,9 +164,7 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
             f"--warmup-epochs {config.warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
             f"give less than {total / per_epoch:g}"
         )
-    function = schedules.SCHEDULES[config.schedule]
-    options = parse_options(function, config.schedule_opt, what=f"schedule {config.schedule}")
-    schedules.check(config.schedule, options)
+    course = schedules.chosen_schedule(config.schedule, config.schedule_opt, total=(total - warmup) * batch)
     return Plan(
         seed=config.seed,
         train_size=train_size,
@@ -186,7 +177,7 @@ def make_plan(config: TrainConfig, *, train_size: int, world_size: int) -> Plan:
         total_steps=total,
         warmup_samples=warmup * batch,
         schedule=config.schedule,
-        schedule_options=tuple(sorted(options.items())),
+        course=course,
         log_interval=config.log_interval,
         eval_every=parse_every(config.eval_every, "--eval-every", clock=False),
         save_every=parse_every(config.checkpoint_every, "--checkpoint-every", clock=True),

@@ -35,6 +35,7 @@ from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
 from dtrain.run.state import RunClock, Stopwatch, TrainState
+from dtrain.schedules import chosen_schedule
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
 
@@ -105,6 +106,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     check_batch(config, at.size)  # what can be known is told before anything is downloaded or converted
     chosen_architecture(config)
     chosen_optimizer(config)
+    chosen_schedule(config.schedule, config.schedule_opt, total=1.0)
     trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
@@ -426,7 +428,7 @@ class Training:
         counts: dict[str, Any] = dict(saved.state)
         self.learner.restore(saved.parts, counts)
         for kind, plugin in self.recorder.record.plugins.items():
-            if plugin != (was := saved.about["plugins"].get(kind)):
+            if plugin != (was := saved.about["plugins"].get(kind, plugin)):
                 self.console.warn(f"{kind}: was {was}, is {plugin}; what follows need not be the run as it began")
         state = TrainState(**counts)
         if self.recorder.folder is not None:

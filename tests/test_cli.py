@@ -15,7 +15,7 @@ from warm import Warm
 FLAGS = (
     "-a --arch --model --arch-opt --opt --opt-opt --lr --momentum --nesterov --weight-decay --wd -b --batch-size "
     "--epochs --steps --schedule --schedule-opt --warmup-epochs --smoothing --clip-grad --grad-accum-steps --ema "
-    "--dataset --on-nonfinite "
+    "--dataset --dataset-opt --on-nonfinite "
     "--data-dir --cache-dir --image-size --resize --store-size --channels --bad-images "
     "--val-split --loader --flip --shift --cutout --scale "
     "--affine --jitter --erase --mixup --cutmix --mean --std --eval-batch-size --device "
@@ -87,7 +87,7 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
         "--nproc N processes on this machine, as torchrun starts them [default: 1]",
         "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
         "--amp-dtype TEXT type of the arithmetic; weights stay float32; one of auto, float32, bfloat16, float16",
-        "--track NAME,NAME trackers to send the curves to, comma-separated: wandb, tensorboard, csv",
+        "--track NAME,NAME trackers to send the curves to, comma-separated, such as csv,wandb: `dtrain plugins` lists",
         "--flip --no-flip mirror training images left to right, half of them [default: no]",
     ],
 )
@@ -179,9 +179,9 @@ def test_a_mistake_is_told_as_it_is_typed(tmp_path: Path) -> None:
         ("trian --arch allcnn_c", "No such command 'trian'. Did you mean 'train'?"),
         ("--arch allcnn_c --scheduel linear", "--scheduel is not a flag; did you mean '--schedule'?"),
         ("runs --jsn", "--jsn is not a flag; did you mean '--json'?"),
-        ("--arch allcnn_c --schedule cosin", "--schedule cosin: not a choice; did you mean 'cosine'?"),
+        ("--arch allcnn_c --schedule cosin", "schedule 'cosin' is not installed; did you mean 'cosine'?"),
         ("--arch allcnn_c --opt sdg", "optimizer 'sdg' is not installed; did you mean 'sgd'?"),
-        ("--arch allcnn_c --track csv,wandbb", "--track wandbb: not a tracker; did you mean 'wandb'?"),
+        ("--arch allcnn_c --track csv,wandbb", "tracker 'wandbb' is not installed; did you mean 'wandb'?"),
         ("--arch allcnn_c --recipe allcnn", "recipe 'allcnn' is not installed; did you mean 'allcnn_c'?"),
         ("--arch allcnn_c --lr fast", "--lr fast: give a number"),
         ("--arch allcnn_c --lr", "Option '--lr' requires an argument."),

@@ -149,7 +149,6 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({}, "--arch is missing; `dtrain archs` lists what there is"),
         ({"arch": "resnet18", "learning_rate": 1}, "learning_rate is not a setting"),
         ({"arch": "resnet18", "batchsize": 1}, "batchsize is not a setting; did you mean 'batch_size'?"),
-        ({**SMALL, "schedule": "cosin"}, "--schedule cosin: not a choice; did you mean 'cosine'?"),
         ({**SMALL, "loader": "ffvc"}, "--loader ffvc: not a choice; did you mean 'ffcv'?"),
         ({**SMALL, "lr": "fast"}, "--lr fast: give a number"),
         ({**SMALL, "lr": "nan"}, "--lr nan: give a finite number"),

@@ -28,8 +28,8 @@ STOREYS = (
     ("dtrain.data", "dtrain.model", "dtrain.run"),
     ("dtrain.runtime", "dtrain.world", "dtrain.plan"),
     ("dtrain.witness",),
-    ("dtrain.config",),
-    ("dtrain.plugins", "dtrain.ranges", "dtrain.schedules"),
+    ("dtrain.config", "dtrain.schedules"),
+    ("dtrain.plugins", "dtrain.ranges"),
     ("dtrain.keyed", "dtrain.files"),
     ("dtrain.errors",),
 )
@@ -41,7 +41,8 @@ INSIDE = (
         ("dtrain.data.cache", "dtrain.data.loader"),
         ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.pixels"),
         ("dtrain.data.augment", "dtrain.data.beton", "dtrain.data.sources"),
-        ("dtrain.data.members", "dtrain.data.named", "dtrain.data.pairs"),
+        ("dtrain.data.named", "dtrain.data.offered"),
+        ("dtrain.data.layouts", "dtrain.data.members", "dtrain.data.pairs", "dtrain.data.torchvision_sets"),
         ("dtrain.data.format", "dtrain.data.pictures"),
     ),
     (
@@ -59,7 +60,7 @@ INSIDE = (
 )
 DOORS = {
     "ffcv": {"dtrain.data.ffcv_reader"},
-    "torchvision": {"dtrain.data.named", "dtrain_bench.contenders.task"},
+    "torchvision": {"dtrain.data.torchvision_sets", "dtrain_bench.contenders.task"},
     "wandb": {"dtrain.run.trackers"},
     "tensorboard": {"dtrain.run.trackers"},
     "lightning": {"dtrain_bench.contenders.with_lightning"},

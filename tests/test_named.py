@@ -20,6 +20,8 @@ from dtrain.config import Conversion
 from dtrain.data.named import SYNTHETIC_SIZES, upsample
 from dtrain.data.sources import find_source, locate
 
+NO_DOWNLOAD = {"download": "false"}
+
 # -- built in ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +159,7 @@ def test_cifar_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pyte
             "meta": {**real.meta, "md5": md5(real.meta["filename"])},
         },
     )
-    source = find_source(dataset, tmp_path, download=False)
+    source = find_source(dataset, tmp_path, options=NO_DOWNLOAD)
     for split, train in (("train", True), ("test", False)):
         wanted = ours(tmp_path, train=train)
         assert source.splits[split].labels.tolist() == wanted.targets
@@ -240,8 +242,8 @@ def test_mnist_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pyte
 
     write_mnist(tmp_path / "plain", zipped=False)
     folder = write_mnist(tmp_path, zipped=zipped)
-    assert locate("mnist", tmp_path, download=False).path == folder
-    source = find_source("mnist", tmp_path, download=False)
+    assert locate("mnist", tmp_path, NO_DOWNLOAD).path == folder
+    source = find_source("mnist", tmp_path, options=NO_DOWNLOAD)
     assert (source.class_names, source.image_size) == (tuple("0123456789"), 28)
     for split, train in (("train", True), ("test", False)):
         wanted = datasets.MNIST(tmp_path / "plain", train=train)
@@ -252,9 +254,7 @@ def test_mnist_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_tar_of_mnist_has_its_known_counts(shared_data: Path, tmp_path: Path) -> None:
-    source = find_source(
-        "mnist", shared_data, Conversion(image_size=28), download=False
-    )  # 28 is its own: no heads read
+    source = find_source("mnist", shared_data, Conversion(image_size=28), NO_DOWNLOAD)  # 28 is its own: no heads read
     counts = [np.bincount(source.splits[name].labels).tolist() for name in ("train", "test")]
     assert counts == [
         [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],

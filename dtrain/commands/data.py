@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ LOOKED_AT = ("flip", "shift", "cutout", "scale", "affine", "jitter", "erase", "m
 
 
 def convert(
-    dataset: str, data_dir: Path, cache_dir: Path | None, asked: Conversion | None = None
+    dataset: str,
+    data_dir: Path,
+    cache_dir: Path | None,
+    asked: Conversion | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
-    return prepare(dataset, data_dir, cache_dir, asked)
+    return prepare(dataset, data_dir, cache_dir, asked, options=options)
 
 
 def inspect(path: Path) -> dict[str, Any]:

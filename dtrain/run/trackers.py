@@ -1,37 +1,39 @@
-"""Where rows can be sent beside metrics.jsonl: wandb, TensorBoard, csv files. A class each, and their table.
+"""Trackers: where the rows of metrics.jsonl are sent as well. Those that come with dtrain are classes here.
 
-A tracker lives in a process of its own (tracking.py): it may be slow, raise, hang or die, and the run does not notice.
-It is given the train and eval rows in order of their `position`, beginning after the last that it holds, so that a
-resume, which computes equal rows again, adds none twice. What it misses is in metrics.jsonl, for `dtrain sync`.
+A tracker runs in a process of its own (tracking.py), so it may be slow, raise, hang or die without the run noticing.
+It is given the train and eval rows in order of their `position`, beginning after the last row that it holds, so that a
+resume, which computes equal rows again, adds none of them twice. Rows that it missed are still in metrics.jsonl, from
+where `dtrain sync` sends them. Each is an entry point; the extra in it names the package that it needs.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
-from dtrain.errors import UsageError, nearest
+from dtrain import plugins
 from dtrain.files import write_json
+from dtrain.plugins import Plugin
 
 Row = Mapping[str, Any]
 NOTHING = -1  # the position before every row
-INIT_SECONDS = 10.0  # that wandb waits for its server, once for the key and once for the run, before it works offline
+INIT_SECONDS = 10.0  # wandb waits so long for its server, for the key and again for the run; then it works offline
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """What is kept of a tracker between sessions, in its folder's state.json.
+    """What is kept of a tracker between two sessions, in the file state.json of its folder.
 
-    held: the position of the last row that is safe there; a session that was killed leaves it as it was.
-    where: for people, how to look at it. error: why it fell short, as the end of a sentence.
+    id: the run's name at the tracker's server. held: the position of the last row that is safe there; a session that is
+    killed leaves it unchanged. where: tells people how to look at the curves. error: why rows are missing, as the end
+    of a sentence.
     """
 
     id: str | None = None
@@ -41,14 +43,14 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state in `folder`; of a new tracker where there is none, or none that can be read."""
+        """The state in `folder`; that of a new tracker where there is none, or none that can be read."""
         try:
             return cls(**json.loads((folder / STATE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return cls()
 
     def write(self, folder: Path) -> None:
-        """Keep it, whole or not at all. OSError of the disk comes out as it is."""
+        """Write it to `folder`, whole or not at all. Raises OSError."""
         write_json(folder / STATE, vars(self))
 
 
@@ -62,51 +64,43 @@ class About:
 
 
 class Tracker(Protocol):
-    """One session. Built by `cls(folder, about, state, live=...)`; whatever it raises ends this tracker alone.
+    """One session with a tracker. It is built by `cls(folder, about, state, live=...)`, where `folder` exists.
 
-    live: a run goes on beside it, so that without a server it should make do; else the user waits for an answer.
+    live: a run goes on beside it, so that it should make do without a server; else the user waits for an answer.
+    Whatever it raises ends this tracker alone. It may have an attribute `state: State`, which it has written to disk
+    before it touches anything else: where it begins. It then gets the rows after `state.held`; without the attribute,
+    those after the last that the session before it held.
     """
-
-    distribution: ClassVar[str | None]  # the package it needs, which is also the name of dtrain's extra
-    state: State  # where it begins, on disk before it touches anything; it wants no row up to `held`
 
     def write(self, row: Row) -> None:
         """Take a train or eval row."""
         ...
 
-    def close(self, exit_code: int | None) -> State:
-        """Return when all rows are safe, and how far that is. exit_code: of the run, None if it died."""
+    def close(self, exit_code: int | None) -> State | None:
+        """Return when the rows are safe: how far, or None if all are. exit_code: of the run, None if it died."""
         ...
 
 
-def find(names: Sequence[str]) -> list[Callable[..., Tracker]]:
-    """The classes of `--track`. Imports none of their packages.
+def find(names: Sequence[str]) -> list[Plugin]:
+    """The trackers of `--track`, as plugins. Imports none of them, since they run in processes of their own.
 
-    Raises UsageError for a name that is none, naming the nearest, and for a package that is not installed.
+    Raises PluginError for a name that is no tracker, with the nearest that is, and for a package that is not installed.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise UsageError(f"--track {name}: not a tracker; {nearest(name, TRACKERS)}")
-        if (package := TRACKERS[name].distribution) is None:
-            continue
-        try:  # not by find_spec, to which a folder of this name in the working directory would do
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise UsageError(
-                f"--track {name}: the package {package} is not installed; pip install 'dtrain[{package}]'"
-            ) from None
-    return [TRACKERS[name] for name in names]
+    return [plugins.find("tracker", name) for name in names]
 
 
 def position(row: Row) -> int:
-    """Grows from row to row of a run, and is the same for a row computed again: three to a step, train, raw, EMA."""
+    """A number that grows from row to row of a run and is the same for a row that is computed again.
+
+    Each step has three of them: for its train row, its evaluation of the raw weights, and that of the EMA.
+    """
     return 3 * int(row["step"]) + (0 if row["kind"] == "train" else 1 if row["weights"] == "raw" else 2)
 
 
 def figures(row: Row) -> dict[str, float]:
-    """The numbers of a row under the names of a curve: train/loss, test/top1_fraction, val_ema/loss, ...
+    """The numbers of a row, under the names of their curves: train/loss, test/top1_fraction, val_ema/loss, ...
 
-    An eval row's counts become fractions. What was not finite, and so is null in a row, is left out.
+    The counts of an eval row become fractions. A number that was not finite is null in a row, and is left out.
     """
     group, flat = "train", {**row, **row.get("clock", {})}
     if row["kind"] == "eval":
@@ -125,9 +119,7 @@ def _time(row: Row) -> float:
 
 
 class Csv:
-    """train.csv and eval.csv: the rows as they are, in columns; begun anew by each session."""
-
-    distribution: ClassVar[str | None] = None
+    """Writes the rows unchanged into train.csv and eval.csv. Each session writes both files anew."""
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
         self.state = replace(state, held=NOTHING, where=str(folder))
@@ -153,20 +145,18 @@ class Csv:
 
 
 class TensorBoard:
-    """Scalars, and the settings for the HParams page, in an event file a session.
+    """Writes scalars, and the settings for the page HParams, into one event file for each session.
 
-    By its own writer and not torch's, which does the same and imports torch. A session begins with a mark that all of
-    its step and later is void, so what an earlier one wrote without living to say so is not seen twice.
+    It uses TensorBoard's own writer, since torch's would import torch. A session begins with a mark that makes
+    TensorBoard drop what older files hold of that step and later, so that a session that was killed shows no row twice.
     """
-
-    distribution: ClassVar[str | None] = "tensorboard"
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        step = max(0, state.held // 3)  # of whose rows some may be missing, so all are written again
+        step = max(0, state.held // 3)  # some rows of this step may be missing, so all of it is written again
         self.state = replace(state, held=3 * step - 1, where=f"tensorboard --logdir {folder}")
         self.state.write(folder)
         self._held = state.held
@@ -195,14 +185,13 @@ def _scalar(value: Any) -> bool | int | float | str:
 
 
 class Wandb:
-    """A wandb run, the same over resumes: its id is kept. Settings become its config, steps the axis of every curve.
+    """Sends rows to a run at wandb; a resume goes on with the same run, since its id is kept in the state.
 
-    wandb's own environment variables win over what is said here. `position` is its internal step, which only grows: a
-    server that already has a row takes it no second time, and says in `starting_step` how far it is. An offline folder
-    holds all rows, so that `wandb sync` of the newest is enough; what is in it counts as not yet sent.
+    The settings become the run's config, and steps the horizontal axis of every curve. wandb's own environment
+    variables win over what is chosen here. wandb's internal step, which may only grow, is the row's `position`: a
+    server takes no row twice, and says in `starting_step` how far it is. A folder that was written offline holds all
+    rows, so that `wandb sync` of the newest folder is enough; its rows count as not sent yet.
     """
-
-    distribution: ClassVar[str | None] = "wandb"
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
         import wandb
@@ -220,16 +209,16 @@ class Wandb:
         limit: dict[str, Any] = {}
         if live and not os.environ.get("WANDB_INIT_TIMEOUT"):
             limit["init_timeout"] = INIT_SECONDS
-        # the use of the machine that is shown is that of the trainer; afterwards there is none to show
+        # the load of the machine is shown for the trainer's process, which is gone when rows are sent afterwards
         settings = wandb.Settings(console="off", x_stats_pid=os.getppid(), x_disable_stats=not live, **limit)
         reason = None
         try:
             self._run = wandb.init(**given, settings=settings)
-        except Exception as error:  # no key, no network, no such project: whatever it is, it is told
+        except Exception as error:  # no key, no network, no such project: the reason is kept and told
             if not live:
                 raise
             reason = f"it works offline: {' '.join(str(error).split()) or type(error).__name__}"
-            wandb.teardown()  # its service, where the id is taken as long as it waits for an answer; a few seconds
+            wandb.teardown()  # ends its service, which holds the id while it waits for an answer; takes a few seconds
             self._run = wandb.init(**given, settings=settings, mode="offline")
         self._sends = not (self._run.offline or self._run.disabled)
         if self._sends:
@@ -251,14 +240,7 @@ class Wandb:
             self._held = position(row)
 
     def close(self, exit_code: int | None) -> State:
-        if exit_code == 75:  # stopped, to go on: wandb's word for it
+        if exit_code == 75:  # the run stopped to go on later, which wandb calls preempting
             self._run.mark_preempting()
         self._run.finish(exit_code=1 if exit_code is None else exit_code)
         return replace(self.state, held=self._held)
-
-
-TRACKERS: dict[str, type[Csv] | type[TensorBoard] | type[Wandb]] = {
-    "csv": Csv,
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-}
