@@ -264,6 +264,8 @@ def another(field: dataclasses.Field[Any]) -> Any:
         return value + 1
     if isinstance(value, Path):
         return value / "x"
+    if isinstance(value, str):
+        return f"{value}x"
     return 0.5
 
 
