@@ -156,7 +156,9 @@ def test_a_class_of_four_lines_that_knows_nothing_of_dtrain_gets_every_row_once(
     (lines,) = folder.path.glob("trackers/*/lines.txt")
     assert (told, short) == (f"{name}: {lines.parent}", False)
     assert lines.read_text() == "train 1\neval 1\ntrain 2\n"
+    folder.close()
     assert sync(folder.path, []) == [{"tracker": name, "where": str(lines.parent), "error": None}]
+    assert lines.read_text() == "train 1\neval 1\ntrain 2\n"
 
 
 # -- csv and TensorBoard -----------------------------------------------------------------------------------------------

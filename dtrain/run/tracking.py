@@ -172,11 +172,11 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
     live: as Tracker says. Returns the state that the tracker ends with. Raises whatever the tracker raises.
     """
     folder = folder_of(run, name)
-    state = replace(State.read(folder), error=None)
-    if not live:
-        state = replace(state, held=NOTHING)  # offered all: it knows best what it lacks
+    known = replace(State.read(folder), error=None)
+    # `dtrain sync` offers all rows, since a server may have lost some: a tracker with a state knows which it lacks
+    state = known if live else replace(known, held=NOTHING)
     tracker: Tracker | None = None
-    last = state.held
+    last = NOTHING  # position of the last row that was given to the tracker
     more = wait()  # the first bell comes after a resume has cut the file back
     lines = _lines(run / METRICS)
     while True:
@@ -185,7 +185,7 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
                 continue
             if tracker is None:
                 tracker = load(find([name])[0])(folder, _about(run), state, live=live)
-                state = getattr(tracker, "state", state)
+                state = getattr(tracker, "state", known)
                 lines = _lines(run / METRICS)  # from the beginning: it may want more than this row
             else:
                 tracker.write(row)
@@ -196,7 +196,7 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
     if tracker is not None:
         record = read_record(run)
         closed = tracker.close(record.exit_code if record is not None else None)
-        state = closed or replace(state, held=last, where=state.where or str(folder))
+        state = closed or replace(state, held=max(last, state.held), where=state.where or str(folder))
     state.write(folder)
     return state
 
