@@ -16,6 +16,7 @@ from dtrain.errors import PluginError, UsageError
 from dtrain.plugins import find, load, parse_options
 
 Schedule = Callable[[float, float], float]
+GIVE = "a factor of the learning rate is a finite number that is not negative"
 
 
 def chosen_schedule(name: str, options: Mapping[str, str], *, total: float) -> Schedule:
@@ -33,12 +34,9 @@ def chosen_schedule(name: str, options: Mapping[str, str], *, total: float) -> S
         raise UsageError(f"{what}: {error}") from error
     except Exception as error:
         raise PluginError(f"{plugin.said} fails at the start of the run: {type(error).__name__}: {error}") from error
-    if not _is_factor(first):
+    if not is_factor(first):
         raise PluginError(f"{plugin.said} gives {first!r} at the start of the run; {GIVE}")
     return bound
-
-
-GIVE = "a factor of the learning rate is a finite number that is not negative"
 
 
 def factor(schedule: Schedule, seen: int, total: int, *, warmup: int, batch: int) -> float:
@@ -49,11 +47,12 @@ def factor(schedule: Schedule, seen: int, total: int, *, warmup: int, batch: int
     that remain after the warm-up. Raises PluginError for a value that is not finite or negative.
     """
     value = schedule(max(0, seen - warmup), total - warmup)
-    if not _is_factor(value):
+    if not is_factor(value):
         raise PluginError(f"the schedule gives {value!r} after {seen} of {total} samples; {GIVE}")
     value = float(value)  # of a schedule that computes with numpy
     return (seen + batch) / (warmup + batch) * value if seen < warmup else value
 
 
-def _is_factor(value: Any) -> bool:
+def is_factor(value: Any) -> bool:
+    """Whether a value can multiply a learning rate: a number that is finite and not negative."""
     return isinstance(value, numbers.Real) and 0 <= float(value) < math.inf

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from warm import REPOSITORY, Warm
 
@@ -509,7 +510,57 @@ def run_program(text: str) -> None:
     exec(text, {})
 
 
-def test_the_checks_of_the_readme_hold_for_the_zoo(ranks: Warm) -> None:
-    programs = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(programs) == 1
-    ranks.call("test_plugins:run_program", 1, {"text": programs[0]})
+def test_the_examples_of_the_readme_pass_its_checks(
+    ranks: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *examples, checks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert [re.findall(r"^(?:def|class) (\w+)", example, re.MULTILINE) for example in examples] == [
+        ["restarts"],
+        ["rings"],
+        ["Lines"],
+    ]
+    (tmp_path / "mine.py").write_text("".join(examples))
+    monkeypatch.chdir(tmp_path)
+    ranks.call("test_plugins:run_program", 1, {"text": checks})
+
+
+def test_what_comes_with_dtrain_passes_the_checks() -> None:
+    from dtrain.testing import check_dataset, check_schedule
+
+    for plugin in plugins.listed("schedule"):
+        check_schedule(plugin.name)
+    check_dataset("digits")
+
+
+def test_a_schedule_or_a_data_set_that_changes_is_refused(tmp_path: Path) -> None:
+    from dtrain.testing import check_dataset, check_schedule
+
+    asked: list[float] = []
+
+    def stepped(seen: float, total: float) -> float:
+        asked.append(seen)
+        return 1 / len(asked)
+
+    def negative(seen: float, total: float) -> float:
+        return 1 - 2 * seen / total
+
+    def noisy(data_dir: Path) -> dict[str, Any]:
+        def split() -> tuple[list[int], list[Any]]:
+            asked.append(0)
+            return [0, 1], [np.full((4, 4), len(asked), np.uint8)] * 2
+
+        return {"digest": "1", "class_names": ["a", "b"], "image_size": 4, "train": split, "test": split}
+
+    with pytest.raises(AssertionError, match="schedule stepped depends on what it was asked before"):
+        check_schedule(stepped)
+    with pytest.raises(PluginError, match="schedule negative gives -0.* after 4 of 7 samples"):
+        check_schedule(negative)
+    with pytest.raises(AssertionError, match="data set noisy: train has other pictures each time"):
+        check_dataset(noisy)
+
+    def versions(data_dir: Path) -> dict[str, Any]:
+        asked.append(0)
+        return {**noisy(data_dir), "digest": str(len(asked))}
+
+    with pytest.raises(AssertionError, match="data set versions has another digest each time"):
+        check_dataset(versions)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dtrain import plugins
 from dtrain.config import Conversion
@@ -57,7 +58,10 @@ def locate(dataset: str, data_dir: Path, options: Mapping[str, str] | None = Non
     there. Cheap, except for a download.
     """
     if plugins.offered("dataset", dataset) or "::" in dataset:
-        return _asked_of_plugin(dataset, data_dir, options or {})
+        plugin = plugins.find("dataset", dataset)
+        function = plugins.load(plugin)
+        values = plugins.parse_options(function, options or {}, what=f"data set {dataset}")
+        return place_of(plugin, function, data_dir, values)
     if options:
         raise UsageError(f"--dataset-opt {next(iter(options))}: {dataset} is no named data set, so it has no options")
     for candidate in places_of(dataset, data_dir):
@@ -69,20 +73,20 @@ def locate(dataset: str, data_dir: Path, options: Mapping[str, str] | None = Non
     raise UsageError(f"--dataset {dataset}: no such name, path, or folder or tar in {data_dir.absolute()}; {hint}")
 
 
-def _asked_of_plugin(dataset: str, data_dir: Path, options: Mapping[str, str]) -> Place:
-    """Call the function of a named set. Whatever it raises, but what dtrain's own explain, names its distribution."""
-    plugin = plugins.find("dataset", dataset)
-    function = plugins.load(plugin)
-    values = plugins.parse_options(function, options, what=f"data set {dataset}")
+def place_of(plugin: plugins.Plugin, function: Callable[..., Any], data_dir: Path, options: Mapping[str, Any]) -> Place:
+    """Call the function of a named set, with options in their own types.
+
+    A DtrainError comes out as it is; any other exception becomes a DataError that names the plugin's distribution.
+    """
     try:
-        given = function(data_dir, **values)
+        given = function(data_dir, **options)
     except DtrainError:
         raise
     except Exception as error:
         raise DataError(f"{plugin.said} fails: {type(error).__name__}: {error}") from error
     name = re.split("[/:]", plugin.name)[-1]
     if not isinstance(given, str | Path):
-        return Place(name, offer=Offer.of(plugin, values, given))
+        return Place(name, offer=Offer.of(plugin, options, given))
     if not is_place(Path(given)):
         raise DataError(f"{plugin.said} returns the path {given}, where no folder or tar is; {SEE}")
     return Place(name, Path(given))
