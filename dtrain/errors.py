@@ -41,7 +41,7 @@ class UsageError(DtrainError):
 
 
 class PluginError(UsageError):
-    """An architecture, optimizer or recipe that is not there or does not keep its contract."""
+    """A plugin or a recipe that is not there, cannot be imported or does not keep its contract."""
 
 
 class DataError(DtrainError):

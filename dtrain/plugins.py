@@ -230,7 +230,7 @@ def _import_file(value: str) -> Any:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a plugin's function that a user may give: keyword-only ones, and others that have a default."""
+    """The parameters of a plugin's function that a user may set: keyword-only ones, and others that have a default."""
     return {
         p.name: p
         for p in inspect.signature(function).parameters.values()
@@ -243,21 +243,24 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function takes `name` by keyword, by itself or through **options."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    """Whether a function has a parameter `name` of its own.
+
+    What **options would swallow does not count: the function that it is passed on to may know nothing of it.
+    """
+    return name in inspect.signature(function).parameters
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:
-    """The default of parameter `name`, None where it has none."""
+    """The default of the parameter `name`; None if there is no such parameter or it has no default."""
     parameter = inspect.signature(function).parameters.get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, what: str) -> dict[str, Any]:
-    """Values from text by name, typed by the function's annotations, or by its defaults where it has none.
+    """The values of options given as text, converted by the annotations of the function, or by its defaults.
 
-    Raises UsageError, naming `what`, for a name it does not take (with the nearest) or a value of another type.
+    what: names the plugin in an error. Raises UsageError for an option that the function does not take, with the
+    nearest that it does, and for text that is not of the option's type.
     """
     known = options_of(function)
     hints, parameters = _hints(function), inspect.signature(function).parameters
@@ -276,14 +279,17 @@ def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, wha
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of what a call of `function` runs; without those that only a type checker can evaluate."""
+    """The types of a function's parameters, by name; of a class, those of its constructor.
+
+    An annotation that only a type checker can evaluate is left out.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     code: Any = function.__init__ if inspect.isclass(function) else function
     code = code if inspect.isroutine(code) else type(code).__call__
     try:
         return get_type_hints(code)
-    except Exception:  # a name imported under TYPE_CHECKING spoils them all: take them one by one
+    except Exception:  # a name imported under TYPE_CHECKING fails the call for all, so take them one by one
         scope = getattr(code, "__globals__", {})
         return {name: hint for name, text in inspect.get_annotations(code).items() if (hint := _evaluated(text, scope))}
 
@@ -292,7 +298,7 @@ def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, scope)  # as typing.get_type_hints does; the plugin's own text
+        return eval(annotation, scope)  # as typing.get_type_hints does; the text is the plugin's own code
     except Exception:
         return None
 
@@ -325,7 +331,7 @@ def _typed(hint: Any, text: str) -> Any:
 
 
 def recipes() -> list[Plugin]:
-    """Every recipe of every package, sorted by name; `value` is the path of its file. Imports nothing, reads none."""
+    """Every recipe of every package, sorted by name; `value` is the path of its file. Imports and reads nothing."""
     found = set()
     for entry in _entries("dtrain.recipes"):
         folder = _folder_of(entry.value)
@@ -340,18 +346,18 @@ def find_recipe(name: str) -> Plugin:
 
 
 def recipe_for(arch: str, dataset: str) -> str | None:
-    """The recipe that comes with an architecture: `<arch>-<dataset>`, else `<arch>`, of its own package; else None."""
+    """The recipe of an architecture's own package for it: `<arch>-<dataset>`, else `<arch>`, else None."""
     try:
         owner = find("architecture", arch)
     except PluginError:
-        return None  # told where the architecture is used
+        return None  # the error is raised where the architecture is used
     offered = {p.name for p in recipes() if p.distribution == owner.distribution}
     name = next((name for name in (f"{owner.name}-{dataset}", owner.name) if name in offered), None)
     return name if name is None or owner.distribution == OURS else f"{owner.distribution}::{name}"
 
 
 def read_recipe(recipe: Plugin) -> dict[str, Any]:
-    """The settings of a recipe, without what it says `about` itself. Raises PluginError if it is not TOML."""
+    """The settings in a recipe's file, without its text `about`. Raises PluginError if it cannot be read as TOML."""
     try:
         settings = tomllib.loads(Path(recipe.value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -361,7 +367,7 @@ def read_recipe(recipe: Plugin) -> dict[str, Any]:
 
 
 def _folder_of(package: str) -> Path | None:
-    # the spec of `package.recipes` would run package/__init__.py; the spec of the first name alone does not
+    # asking for the spec of `package.recipes` would run package/__init__.py, asking for that of `package` does not
     top, *rest = package.split(".")
     try:
         spec = importlib.util.find_spec(top)

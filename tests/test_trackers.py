@@ -161,6 +161,15 @@ def test_a_class_of_four_lines_that_knows_nothing_of_dtrain_gets_every_row_once(
     assert lines.read_text() == "train 1\neval 1\ntrain 2\n"
 
 
+def test_a_tracker_that_cannot_be_imported_is_told_at_the_end_and_the_run_goes_on(
+    folder: RunDir, tmp_path: Path, patient: None
+) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('no licence found')\n")
+    ((told, short),) = session(folder, [f"{tmp_path}/mine.py:Lines"], [train_row(1)])
+    assert short
+    assert "could not be imported: SystemExit: no licence found; nothing is lost: dtrain sync" in told
+
+
 # -- csv and TensorBoard -----------------------------------------------------------------------------------------------
 
 
