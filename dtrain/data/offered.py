@@ -59,7 +59,8 @@ class Offer:
             raise DataError(f"{plugin.said} must return text as digest and functions as train and test; {SEE}")
         # two distributions may offer one name, and a file that is tried out changes from one run to the next
         name = plugin.name if plugin.distribution == OURS else f"{plugin.distribution}::{plugin.name}"
-        name = identity(plugin) if plugin.version == LOCAL else name
+        if plugin.version == LOCAL:
+            name = f"{identity(plugin)} {plugin.value.rpartition(':')[2]}"
         told = f" {canonical_json({k: repr(v) for k, v in options.items()}).decode()}" if options else ""
         return cls(plugin.said, hashlib.sha256(f"{name} {given['digest']}{told}".encode()).hexdigest(), given)
 

@@ -7,9 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LARGE = (
-    96  # side in pixels from which the published stem, which shrinks images to a quarter of it, leaves enough detail
-)
+LARGE = 96  # side in pixels from which on enough detail is left after the published stem, which divides it by four
 
 
 class Block(nn.Module):
@@ -72,12 +70,12 @@ def resnet18(
     stem: Literal["auto", "small", "large"] = "auto",
     zero_last_norm: bool = False,
 ) -> nn.Module:
-    """ResNet-18. For 10 classes of RGB images it has 11,173,962 parameters with the small stem, 11,181,642 with the large.
+    """ResNet-18. For 10 classes of RGB images it has 11,173,962 parameters, or 11,181,642 with the large stem.
 
-    stem: `small` is one 3x3 convolution, as is usual for CIFAR; `large` is the published 7x7 convolution of stride 2 with
-    a max-pool, after which the network costs a sixteenth of the arithmetic; `auto` is large for images of 96 pixels a
-    side and more. zero_last_norm: the last norm of each block starts at zero, so that the block starts as its shortcut
-    (Goyal et al. 2017, section 5.1).
+    stem: `small` is one 3x3 convolution, as is usual for CIFAR; `large` is the published 7x7 convolution of stride 2
+    with a max-pool, after which the network costs a sixteenth of the arithmetic; `auto` is large for images of 96
+    pixels a side and more. zero_last_norm: the last norm of each block starts at zero, so that the block starts as its
+    shortcut (Goyal et al. 2017, section 5.1).
     """
     large = stem == "large" or (stem == "auto" and image_size >= LARGE)
     return ResNet(num_classes, in_channels, (2, 2, 2, 2), zero_last_norm, large)
