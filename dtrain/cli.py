@@ -12,7 +12,7 @@ import typer
 import dtrain
 from dtrain.errors import ExitCode, UsageError, nearest
 from dtrain.flags import own_flag, with_flags
-from dtrain.plugins import find
+from dtrain.plugins import KINDS, find
 from dtrain.run import trackers
 from dtrain.settings import SETTINGS, TrainConfig
 from dtrain.settings.data import Data
@@ -108,6 +108,7 @@ def _train(
         raise UsageError(f"--nproc {nproc}: give 1 or more")
     find("architecture", asked.arch)  # a slip is told before torch is imported
     find("optimizer", asked.opt)
+    find("schedule", asked.schedule)
     trackers.find(asked.track)
     if nproc > 1:
         from dtrain.commands.launch import launch
@@ -205,7 +206,7 @@ def _sync(
 
 @app.command("archs", rich_help_panel=INSTALLED)
 def _archs(json_: JsonFlag = False) -> None:
-    """List the architectures that are installed; imports none of them."""
+    """List the architectures that are installed. None of them is imported."""
     from dtrain.commands.show import plugin_rows, print_table
 
     print_table("architectures", plugin_rows("architecture"), as_json=json_)
@@ -213,7 +214,7 @@ def _archs(json_: JsonFlag = False) -> None:
 
 @app.command("optimizers", rich_help_panel=INSTALLED)
 def _optimizers(json_: JsonFlag = False) -> None:
-    """List the optimizers that are installed; imports none of them."""
+    """List the optimizers that are installed. None of them is imported."""
     from dtrain.commands.show import plugin_rows, print_table
 
     print_table("optimizers", plugin_rows("optimizer"), as_json=json_)
@@ -221,11 +222,14 @@ def _optimizers(json_: JsonFlag = False) -> None:
 
 @plugins_app.callback()
 def _plugins(context: typer.Context, json_: JsonFlag = False) -> None:
-    """List every plugin and recipe with the package it comes from; imports none of them. Or begin your own: new."""
+    """List all architectures, optimizers, schedules, data sets, trackers and recipes with the package of each.
+
+    None of them is imported. The verb `new` begins a package of your own.
+    """
     from dtrain.commands.show import plugin_rows, print_table, recipe_rows
 
     if context.invoked_subcommand is None:
-        rows = [*plugin_rows("architecture"), *plugin_rows("optimizer"), *recipe_rows()]
+        rows = [row for kind in KINDS for row in plugin_rows(kind)] + recipe_rows()
         print_table("plugins", rows, as_json=json_)
 
 
@@ -252,7 +256,7 @@ def _data_convert(
         print(beton.path)
 
 
-CONVERSION = ("data_dir", "cache_dir", "image_size", "resize", "store_size", "bad_images")
+CONVERSION = ("data_dir", "cache_dir", "image_size", "resize", "store_size", "bad_images", "dataset_opt")
 data_app.command("convert")(with_flags(_data_convert, CONVERSION))
 
 

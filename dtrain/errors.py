@@ -37,6 +37,9 @@ class ExitCode(IntEnum):
     STOPPED_UNSAVED = 130  # what a shell reports after Ctrl-C
 
 
+MOST_CHOICES = 100  # that an error line lists; a family may have thousands
+
+
 class DtrainError(Exception):
     """Anything that dtrain can explain in one line.
 
@@ -70,7 +73,7 @@ class UsageError(DtrainError):
 
 
 class PluginError(UsageError):
-    """An architecture, optimizer or recipe that does not exist or does not keep its contract."""
+    """A plugin or a recipe that is not there, cannot be imported or does not keep its contract."""
 
 
 class DataError(DtrainError):
@@ -115,7 +118,7 @@ def exit_code_of(error: Exception) -> ExitCode:
 
 
 def nearest(asked: str, choices: Iterable[str]) -> str:
-    """The end of an error line: the closest of `choices` to `asked`, or all of them where none is close.
+    """The end of an error line: the closest of `choices` to `asked`, else all of them, or the first of very many.
 
     nearest("adamv", ["adam", "sgd"]) == "did you mean 'adam'?"; with nothing close, "choose from: adam, sgd".
     """
@@ -123,4 +126,5 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "choose from: " + ", ".join(known) if known else "there are none"
+    more = f", ... ({len(known)} in all)" if len(known) > MOST_CHOICES else ""
+    return "choose from: " + ", ".join(known[:MOST_CHOICES]) + more if known else "there are none"

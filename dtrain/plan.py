@@ -15,14 +15,12 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dtrain import keyed, schedules
 from dtrain.errors import UsageError
-from dtrain.plugins import parse_options
 from dtrain.ranges import Every
 from dtrain.settings.staged import Staged
 
@@ -104,7 +102,7 @@ class Plan:
     total_steps: int
     warmup_samples: int
     schedule: str
-    schedule_options: tuple[tuple[str, Any], ...]
+    course: schedules.Schedule
     log_interval: int
     eval_every: Every
     save_every: Every
@@ -125,12 +123,7 @@ class Plan:
             samples=samples,
             shares=stage.shares,
             lr_factor=schedules.factor(
-                self.schedule,
-                samples,
-                self.total_samples,
-                warmup=self.warmup_samples,
-                batch=stage.batch_size,
-                options=dict(self.schedule_options),
+                self.course, samples, self.total_samples, warmup=self.warmup_samples, batch=stage.batch_size
             ),
         )
 
@@ -372,9 +365,9 @@ def make_plan(
             f"--warmup-epochs {warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
             f"give less than {_epochs_done(stages, total):g}"
         )
-    function = schedules.SCHEDULES[schedule]
-    options = parse_options(function, schedule_opt, what=f"schedule {schedule}")
-    schedules.check(schedule, options)
+    course = schedules.chosen_schedule(
+        schedule, schedule_opt, total=_samples_before(stages, total) - _samples_before(stages, warmup)
+    )
     return Plan(
         seed=seed,
         train_size=train_size,
@@ -386,7 +379,7 @@ def make_plan(
         total_steps=total,
         warmup_samples=_samples_before(stages, warmup),
         schedule=schedule,
-        schedule_options=tuple(sorted(options.items())),
+        course=course,
         log_interval=log_interval,
         eval_every=eval_every,
         save_every=save_every,

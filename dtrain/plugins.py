@@ -1,7 +1,8 @@
-"""Entry points -> Plugin records; one of them resolved by name; options read from a function's own signature.
+"""The one door for everything that has a name: entry points become Plugin records, and a name becomes a function.
 
-Listing reads metadata and imports nothing. One entry point is loaded, when it is named, in every process; whatever it
-raises names its distribution and touches nobody else. The contract for authors is plugins/README.md. No torch here.
+Listing reads the metadata of installed packages and imports nothing. A plugin is imported only when somebody names it,
+in every process, and an error message then names the distribution that it comes from. Options of a plugin are the
+keyword parameters of its function. The contract for authors is plugins/README.md. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -17,72 +18,143 @@ import re
 import sys
 import tomllib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dtrain.errors import PluginError, UsageError, nearest
 
-Kind = Literal["architecture", "optimizer"]
+Kind = Literal["architecture", "optimizer", "schedule", "dataset", "tracker"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 OURS = "dtrain"
-LOCAL = "local"  # the version of a file named on the command line
-PASSED = ("num_classes", "in_channels", "image_size", "param_groups", "lr")  # what the trainer gives itself
+LOCAL = "local"  # stands for the version where a plugin is a file that was named on the command line
+UNKNOWN = "unknown"  # stands for the name or version of a distribution whose metadata cannot be read
+# What the trainer itself gives to a plugin's function, and what therefore is no option of it.
+PASSED = ("num_classes", "in_channels", "image_size", "param_groups", "lr", "data_dir")
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """Where a name leads: the distribution that offers it and the `module:attribute` behind it."""
+    """Where a name leads: to a distribution, and to the `module:attribute` in it that is the function.
+
+    member: which member of a family is meant; "*" for the family itself, "" for what is no family.
+    """
 
     kind: str
     name: str
     distribution: str
     version: str
     value: str
+    member: str = ""
+
+    @property
+    def said(self) -> str:
+        """The plugin as an error message names it: kind, name, distribution, version and where its function stands."""
+        return f"{spoken(self.kind)} {self.name} of {self.distribution} {self.version} ({self.value})"
+
+
+def spoken(kind: str) -> str:
+    """The kind in plain English."""
+    return "data set" if kind == "dataset" else kind
 
 
 def listed(kind: Kind) -> list[Plugin]:
-    """Every plugin of a kind, families as `family/*`, sorted by name. Reads metadata; imports nothing."""
+    """Every installed plugin of a kind, sorted by name, a family as `family/*`. Reads metadata and imports nothing."""
     single = [_plugin(kind, entry, entry.name) for entry in _entries(f"dtrain.{kind}s")]
-    families = [_plugin(kind, entry, f"{entry.name}/*") for entry in _entries(f"dtrain.{kind}_families")]
+    families = [
+        replace(_plugin(kind, entry, f"{entry.name}/*"), member="*") for entry in _entries(f"dtrain.{kind}_families")
+    ]
     return sorted({*single, *families}, key=lambda p: (p.name, p.distribution))
 
 
 def find(kind: Kind, name: str) -> Plugin:
     """The plugin that `name` means: a bare name, `distribution::name`, `family/name` or `./file.py:function`.
 
-    A name of dtrain's own keeps its meaning. Raises PluginError for an unknown name (with the nearest) and for one that
-    two third parties offer (with both full names).
+    A name that comes with dtrain keeps its meaning whatever else is installed. Raises PluginError, all without an
+    import, for a name that nobody offers (with the nearest one), for a name that two other distributions offer (with
+    both full names), and for a plugin that needs a package which is not installed.
     """
-    if ".py:" in name:
+    if is_file(name):
         return Plugin(kind, name, Path(name.rpartition(":")[0]).name, LOCAL, name)
-    bare = name.rpartition("::")[2]
-    wanted = bare.partition("/")[0] + "/*" if "/" in bare else bare
-    chosen = _chosen(kind, name, wanted, listed(kind))
-    return Plugin(kind, bare, chosen.distribution, chosen.version, chosen.value)
+    plugin = _chosen(kind, name, listed(kind))
+    for extra, package in _needed(plugin):
+        try:  # not find_spec: a folder of that name in the working directory would satisfy it
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise PluginError(
+                f"{spoken(kind)} {name} needs the package {package}, which is not installed; "
+                f"pip install '{plugin.distribution}[{extra}]'"
+            ) from None
+    return plugin
+
+
+def is_file(name: str) -> bool:
+    """Whether a name has the form `./file.py:function`."""
+    return ".py:" in name
+
+
+def offered(kind: Kind, name: str) -> bool:
+    """Whether some installed package offers a plugin under `name`; a file named with its function counts too."""
+    return is_file(name) or bool(_matching(name, listed(kind)))
 
 
 def identity(plugin: Plugin) -> str:
-    """Distribution and version, or a file's name and a digest of its content: what a run was made with."""
+    """What a run was made with: distribution and version, or the name of a file and a digest of its content."""
     if plugin.version != LOCAL:
         return f"{plugin.distribution} {plugin.version}"
     with contextlib.suppress(OSError):
         content = Path(plugin.value.rpartition(":")[0]).read_bytes()
         return f"{plugin.distribution} {hashlib.sha256(content).hexdigest()[:12]}"
-    return plugin.distribution  # which could not be loaded either
+    return plugin.distribution  # the file is gone, so it could not be loaded either
 
 
-def _chosen(kind: str, asked: str, wanted: str, plugins: Sequence[Plugin]) -> Plugin:
-    """The one of `plugins` with the name `wanted` that `asked` means."""
-    distribution, scoped, bare = asked.rpartition("::")
-    found = [p for p in plugins if p.name == wanted and (not scoped or _same(p.distribution, distribution))]
+def load(plugin: Plugin) -> Callable[..., Any]:
+    """Import a plugin and return its function. Raises PluginError, naming distribution and cause, if that fails.
+
+    What the import prints goes to stderr, since stdout may be read by a program, and a change of the working directory
+    is undone, since paths on the command line are relative to it.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr), contextlib.chdir("."):
+            target = _import_file(plugin.value) if plugin.version == LOCAL else _import(plugin.value)
+            members = list(target.names()) if plugin.member else []
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{plugin.said} could not be imported: {type(error).__name__}: {error}") from error
+    if plugin.member:
+        if plugin.member not in members:
+            family = plugin.name.removesuffix(f"/{plugin.member}")
+            raise PluginError(
+                f"{spoken(plugin.kind)} {plugin.name}: not in the family {family}; {nearest(plugin.member, members)}"
+            )
+        return functools.partial(target.build, plugin.member)
+    if not callable(target):
+        raise PluginError(f"{plugin.said} is of type {type(target).__name__}, not a function; see plugins/README.md")
+    function: Callable[..., Any] = target
+    return function
+
+
+def _matching(asked: str, plugins: Sequence[Plugin]) -> list[Plugin]:
+    """The plugins that `asked` may mean: those of exactly this name, else of this distribution, else of this family."""
+    if exact := [p for p in plugins if p.name == asked and not p.member]:
+        return exact  # also where the author put "/" or "::" into the name
+    scope, scoped, bare = asked.partition("::") if "::" in asked else ("", "", asked)
+    within = [p for p in plugins if not scoped or _same(p.distribution, scope)]
+    family, _, member = bare.partition("/")
+    single = [p for p in within if p.name == bare and not p.member]
+    return single or [replace(p, name=bare, member=member) for p in within if p.member and p.name == f"{family}/*"]
+
+
+def _chosen(kind: str, asked: str, plugins: Sequence[Plugin]) -> Plugin:
+    """The one of `plugins` that `asked` means. Raises PluginError where it means none or several."""
+    found = _matching(asked, plugins)
     ours = [p for p in found if p.distribution == OURS]
     if len(found) > 1 and not ours:
-        both = " and ".join(f"{p.distribution}::{bare}" for p in found)
-        raise PluginError(f"{kind} {asked!r} is offered more than once, as {both}; give one of these")
+        both = " and ".join(f"{p.distribution}::{p.name}" for p in found)
+        raise PluginError(f"{spoken(kind)} {asked!r} is offered more than once, as {both}; give one of these")
     if not found:
-        names = [f"{p.distribution}::{p.name}" if scoped else p.name for p in plugins]
-        raise PluginError(f"{kind} {asked!r} is not installed; {nearest(asked, names)}")
+        names = [f"{p.distribution}::{p.name}" if "::" in asked else p.name for p in plugins]
+        raise PluginError(f"{spoken(kind)} {asked!r} is not installed; {nearest(asked, names)}")
     return (ours or found)[0]
 
 
@@ -91,43 +163,47 @@ def _same(distribution: str, other: str) -> bool:
     return re.sub(r"[-_.]+", "-", distribution).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
 
-def load(plugin: Plugin) -> Callable[..., Any]:
-    """Import a plugin and return its function. Raises PluginError, naming distribution and cause, if that fails."""
-    family, _, member = plugin.name.partition("/") if plugin.version != LOCAL else ("", "", "")
-    try:
-        target = _import_file(plugin.value) if plugin.version == LOCAL else _import(plugin.value)
-        members = list(target.names()) if member else []
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"{plugin.kind} {plugin.name} of {plugin.distribution} {plugin.version} ({plugin.value}) could not be "
-            f"imported: {type(error).__name__}: {error}"
-        ) from error
-    if member:
-        if member not in members:
-            raise PluginError(f"{plugin.kind} {plugin.name}: not in the family {family}; {nearest(member, members)}")
-        return functools.partial(target.build, member)
-    if not callable(target):
-        raise PluginError(
-            f"{plugin.kind} {plugin.name} of {plugin.distribution} ({plugin.value}) is of type "
-            f"{type(target).__name__}, not a function; see plugins/README.md"
-        )
-    function: Callable[..., Any] = target
-    return function
-
-
 def _entries(group: str) -> list[importlib.metadata.EntryPoint]:
-    return list(importlib.metadata.entry_points(group=group))
+    """The entry points of a group. A distribution whose metadata cannot be read offers nothing and harms nobody."""
+    try:
+        return list(importlib.metadata.entry_points(group=group))
+    except Exception:  # one damaged file fails the call for all distributions, so ask them one by one
+        found: list[importlib.metadata.EntryPoint] = []
+        for distribution in importlib.metadata.distributions():
+            with contextlib.suppress(Exception):
+                found += distribution.entry_points.select(group=group)
+        return found
 
 
 def _plugin(kind: str, entry: importlib.metadata.EntryPoint, name: str) -> Plugin:
-    dist = entry.dist
-    return Plugin(kind, name, dist.name if dist else "unknown", dist.version if dist else "unknown", entry.value)
+    distribution, version = UNKNOWN, UNKNOWN
+    with contextlib.suppress(Exception):  # metadata without a name or a version, or not UTF-8
+        if entry.dist is not None:
+            distribution, version = entry.dist.name or UNKNOWN, entry.dist.version or UNKNOWN
+    return Plugin(kind, name, distribution, version, entry.value)
+
+
+def _needed(plugin: Plugin) -> Iterable[tuple[str, str]]:
+    """The packages that a plugin needs beside its distribution, each with the extra that installs it.
+
+    An entry point says so itself: `wandb = package.module:Class [extra]`.
+    """
+    extras = re.findall(r"[\w.-]+", plugin.value.partition("[")[2])
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in (importlib.metadata.requires(plugin.distribution) or ()) if extras else ():
+            package, _, marker = line.partition(";")
+            # a condition beside the extra, such as on Python's version, is left to pip
+            extra = re.sub(r"[\s'\"()]", "", marker).removeprefix("extra==")
+            if extra in extras and (name := re.match(r"[\w.-]+", package)):
+                yield extra, name.group()
 
 
 def _import(value: str) -> Any:
-    module, _, attribute = value.partition(":")
-    target: Any = importlib.import_module(module)
-    for part in attribute.split("."):
+    module, _, attribute = value.partition("[")[0].strip().partition(":")
+    if not attribute:
+        raise ImportError("its entry point names no function; write module:function")
+    target: Any = importlib.import_module(module.strip())
+    for part in attribute.strip().split("."):
         target = getattr(target, part)
     return target
 
@@ -135,7 +211,7 @@ def _import(value: str) -> Any:
 def _import_file(value: str) -> Any:
     text, _, attribute = value.rpartition(":")
     path = Path(text).resolve()
-    # a name of its own: ./torch.py or two files called net.py must not take each other's place
+    # the module's name is unique, so that ./torch.py or two files called net.py do not take each other's place
     name = f"{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -154,7 +230,7 @@ def _import_file(value: str) -> Any:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a plugin's function that a user may give: keyword-only ones, and others that have a default."""
+    """The parameters of a plugin's function that a user may set: keyword-only ones, and others that have a default."""
     return {
         p.name: p
         for p in inspect.signature(function).parameters.values()
@@ -167,28 +243,31 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function takes `name` by keyword, by itself or through **options."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    """Whether a function has a parameter `name` of its own.
+
+    What **options would swallow does not count: the function that it is passed on to may know nothing of it.
+    """
+    return name in inspect.signature(function).parameters
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:
-    """The default of parameter `name`, None where it has none."""
+    """The default of the parameter `name`; None if there is no such parameter or it has no default."""
     parameter = inspect.signature(function).parameters.get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, what: str) -> dict[str, Any]:
-    """Values from text by name, typed by the function's annotations, or by its defaults where it has none.
+    """The values of options given as text, converted by the annotations of the function, or by its defaults.
 
-    Raises UsageError, naming `what`, for a name it does not take (with the nearest) or a value of another type.
+    what: names the plugin in an error. Raises UsageError for an option that the function does not take, with the
+    nearest that it does, and for text that is not of the option's type.
     """
     known = options_of(function)
-    hints = _hints(function)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    hints, parameters = _hints(function), inspect.signature(function).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     values = {}
     for name, text in pairs.items():
-        if name not in known and (not open_ended or name in PASSED):
+        if name not in known and (not open_ended or name in PASSED or name in parameters):
             raise UsageError(f"{what} has no option {name!r}; {nearest(name, known)}")
         default = known[name].default if name in known else inspect.Parameter.empty
         plain = type(default) if isinstance(default, bool | int | float) else str
@@ -200,14 +279,17 @@ def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, wha
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of what a call of `function` runs; without those that only a type checker can evaluate."""
+    """The types of a function's parameters, by name; of a class, those of its constructor.
+
+    An annotation that only a type checker can evaluate is left out.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     code: Any = function.__init__ if inspect.isclass(function) else function
     code = code if inspect.isroutine(code) else type(code).__call__
     try:
         return get_type_hints(code)
-    except Exception:  # a name imported under TYPE_CHECKING spoils them all: take them one by one
+    except Exception:  # a name imported under TYPE_CHECKING fails the call for all, so take them one by one
         scope = getattr(code, "__globals__", {})
         return {name: hint for name, text in inspect.get_annotations(code).items() if (hint := _evaluated(text, scope))}
 
@@ -216,7 +298,7 @@ def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, scope)  # as typing.get_type_hints does; the plugin's own text
+        return eval(annotation, scope)  # as typing.get_type_hints does; the text is the plugin's own code
     except Exception:
         return None
 
@@ -249,7 +331,7 @@ def _typed(hint: Any, text: str) -> Any:
 
 
 def recipes() -> list[Plugin]:
-    """Every recipe of every package, sorted by name; `value` is the path of its file. Imports nothing, reads none."""
+    """Every recipe of every package, sorted by name; `value` is the path of its file. Imports and reads nothing."""
     found = set()
     for entry in _entries("dtrain.recipes"):
         folder = _folder_of(entry.value)
@@ -260,22 +342,22 @@ def recipes() -> list[Plugin]:
 
 def find_recipe(name: str) -> Plugin:
     """The recipe that `name` or `distribution::name` means, by the rules of `find`. Raises PluginError."""
-    return _chosen("recipe", name, name.rpartition("::")[2], recipes())
+    return _chosen("recipe", name, recipes())
 
 
 def recipe_for(arch: str, dataset: str) -> str | None:
-    """The recipe that comes with an architecture: `<arch>-<dataset>`, else `<arch>`, of its own package; else None."""
+    """The recipe of an architecture's own package for it: `<arch>-<dataset>`, else `<arch>`, else None."""
     try:
         owner = find("architecture", arch)
     except PluginError:
-        return None  # told where the architecture is used
+        return None  # the error is raised where the architecture is used
     offered = {p.name for p in recipes() if p.distribution == owner.distribution}
     name = next((name for name in (f"{owner.name}-{dataset}", owner.name) if name in offered), None)
     return name if name is None or owner.distribution == OURS else f"{owner.distribution}::{name}"
 
 
 def read_recipe(recipe: Plugin) -> dict[str, Any]:
-    """The settings of a recipe, without what it says `about` itself. Raises PluginError if it is not TOML."""
+    """The settings in a recipe's file, without its text `about`. Raises PluginError if it cannot be read as TOML."""
     try:
         settings = tomllib.loads(Path(recipe.value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -285,7 +367,7 @@ def read_recipe(recipe: Plugin) -> dict[str, Any]:
 
 
 def _folder_of(package: str) -> Path | None:
-    # the spec of `package.recipes` would run package/__init__.py; the spec of the first name alone does not
+    # asking for the spec of `package.recipes` would run package/__init__.py, asking for that of `package` does not
     top, *rest = package.split(".")
     try:
         spec = importlib.util.find_spec(top)

@@ -1,102 +1,58 @@
-"""Learning-rate schedules: pure functions of samples seen.
+"""Learning-rate schedules: how the factor of a step follows from a schedule plugin and from the warm-up before it.
 
-Each is `f(seen, total, **options) -> factor`, with 0 <= seen < total in samples and the factor multiplying every
-group's own rate. Nothing is stepped and nothing is saved, so a resume cannot be off by one. Warm-up is the same for
-all and is applied around them by `factor`.
+A schedule is `f(seen, total, **options) -> factor`: a pure function of how many of the run's samples are done, so that
+nothing is stepped, nothing is saved, and a resume cannot be off by one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dtrain.errors import UsageError
+from dtrain.errors import PluginError, UsageError
+from dtrain.plugins import find, load, parse_options
 
-Schedule = Callable[..., float]
-
-
-def constant(seen: float, total: float) -> float:
-    """1 throughout."""
-    return 1.0
+Schedule = Callable[[float, float], float]
+GIVE = "a factor of the learning rate is a finite number that is not negative"
 
 
-def linear(seen: float, total: float, *, final: float = 0.0) -> float:
-    """A straight line from 1 to `final` (>= 0) at the end."""
-    return 1.0 + (final - 1.0) * seen / total
+def chosen_schedule(name: str, options: Mapping[str, str], *, total: float) -> Schedule:
+    """The schedule plugin `name` with its options, checked once at the beginning of a run of `total` samples.
 
-
-def cosine(seen: float, total: float, *, final: float = 0.0) -> float:
-    """Half a cosine from 1 to `final` (Loshchilov and Hutter 2017, without restarts)."""
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * seen / total))
-
-
-def onecycle(seen: float, total: float, *, peak: float = 0.3, start: float = 0.04, final: float = 1e-4) -> float:
-    """Up from `start` to 1 at fraction `peak` of the run, then down to `final`, both by half a cosine.
-
-    peak in (0, 1); start, final >= 0. The shape of Smith and Topin 2018 as torch's OneCycleLR draws it.
+    options: as text, typed by the function's annotations. Raises PluginError for a schedule that is not there, cannot
+    be imported, fails or gives what is no factor; UsageError for an option that it does not take or has no use for.
     """
-    top = peak * total
-    if seen < top:
-        return 1.0 + (start - 1.0) * 0.5 * (1.0 + math.cos(math.pi * seen / top))
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * (seen - top) / (total - top)))
+    plugin = find("schedule", name)
+    function, what = load(plugin), f"schedule {name}"
+    bound = functools.partial(function, **parse_options(function, options, what=what))
+    try:
+        first = bound(0, total)
+    except (ValueError, TypeError) as error:  # TypeError: an option without a default was not given
+        raise UsageError(f"{what}: {error}") from error
+    except Exception as error:
+        raise PluginError(f"{plugin.said} fails at the start of the run: {type(error).__name__}: {error}") from error
+    if not is_factor(first):
+        raise PluginError(f"{plugin.said} gives {first!r} at the start of the run; {GIVE}")
+    return bound
 
 
-def step(seen: float, total: float, *, every: float = 1 / 3, gamma: float = 0.1) -> float:
-    """Times `gamma` after each fraction `every` in (0, 1] of the run."""
-    return gamma ** math.floor(seen / (every * total) + 1e-9)
+def factor(schedule: Schedule, seen: int, total: int, *, warmup: int, batch: int) -> float:
+    """The factor of the learning rate for a step of `batch` samples that begins with `seen` of `total` samples done.
 
-
-def multistep(seen: float, total: float, *, milestones: tuple[float, ...] = (0.5, 0.75), gamma: float = 0.1) -> float:
-    """Times `gamma` at each of `milestones`, fractions of the run in (0, 1)."""
-    return gamma ** sum(seen >= at * total for at in milestones)
-
-
-def trapezoid(seen: float, total: float, *, decay: float = 0.4, final: float = 0.0) -> float:
-    """1, then a straight line to `final` over the last fraction `decay` in (0, 1] of the run."""
-    start = (1.0 - decay) * total
-    return 1.0 if seen < start else 1.0 + (final - 1.0) * (seen - start) / (total - start)
-
-
-SCHEDULES: dict[str, Schedule] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "onecycle": onecycle,
-    "step": step,
-    "multistep": multistep,
-    "trapezoid": trapezoid,
-}
-
-
-# lowest, highest, whether the lowest itself is allowed, whether the highest is; of each number of an option
-RANGES = {
-    "final": (0.0, math.inf, True, False),
-    "start": (0.0, math.inf, True, False),
-    "gamma": (0.0, math.inf, True, False),
-    "peak": (0.0, 1.0, False, False),
-    "every": (0.0, 1.0, False, True),
-    "decay": (0.0, 1.0, False, True),
-    "milestones": (0.0, 1.0, False, False),
-}
-
-
-def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raise UsageError for an option of schedule `name` outside its range: it would make a rate that is none."""
-    for option, value in options.items():
-        low, high, low_in, high_in = RANGES[option]
-        for number in value if isinstance(value, tuple) else (value,):
-            if not (low < number < high or (number == low and low_in) or (number == high and high_in)):
-                interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
-                raise UsageError(f"schedule {name}: {option}={number:g}: give a number in {interval}")
-
-
-def factor(name: str, seen: int, total: int, *, warmup: int, batch: int, options: dict[str, Any]) -> float:
-    """The factor for a step of `batch` samples that begins with `seen` of `total` samples done.
-
-    While `seen` < `warmup` (0 <= warmup < total) it rises linearly towards where the schedule starts, and the first
-    step already moves; the schedule itself is stretched over what remains after the warm-up.
+    While `seen` < `warmup` (0 <= warmup < total) it rises in a straight line towards the value with which the schedule
+    starts, and is above 0 from the first step on if that value is; the schedule itself is stretched over the samples
+    that remain after the warm-up. Raises PluginError for a value that is not finite or negative.
     """
-    if seen < warmup:
-        return (seen + batch) / (warmup + batch) * SCHEDULES[name](0, total - warmup, **options)
-    return SCHEDULES[name](seen - warmup, total - warmup, **options)
+    value = schedule(max(0, seen - warmup), total - warmup)
+    if not is_factor(value):
+        raise PluginError(f"the schedule gives {value!r} after {seen} of {total} samples; {GIVE}")
+    value = float(value)  # of a schedule that computes with numpy
+    return (seen + batch) / (warmup + batch) * value if seen < warmup else value
+
+
+def is_factor(value: Any) -> bool:
+    """Whether a value can multiply a learning rate: a number that is finite and not negative."""
+    return isinstance(value, numbers.Real) and 0 <= float(value) < math.inf

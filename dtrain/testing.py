@@ -1,25 +1,32 @@
 """What authors of plugins check their package with (plugins/README.md); any test framework will do, or none.
 
-Each function returns in silence or raises one line: PluginError where the trainer would refuse the plugin itself,
-AssertionError where a run with it could not be trusted. Both take some tenths of a second on a CPU.
+Each function returns nothing if all is well. Else it raises an error of one line: PluginError or DataError where the
+trainer would refuse the plugin itself, AssertionError where a run with it could not be trusted. Each takes some tenths
+of a second on a CPU, but for `check_dataset`, which reads all pictures twice.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtrain import plugins
+from dtrain.config import Conversion
+from dtrain.data.sources import digest_of as source_digest_of
+from dtrain.data.sources import open_source, place_of
 from dtrain.errors import PluginError
 from dtrain.keyed import Stream, torch_seed
 from dtrain.model.optimization import Packed, pack, set_lr, unpack
 from dtrain.model.rehearsal import digest_of, first_output, noise
 from dtrain.model.step import loss_of
+from dtrain.schedules import GIVE, is_factor
 
 
 def check_architecture(
@@ -120,6 +127,38 @@ def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **
             digest_of(_tensors(module)) == digest_of(_tensors(twin)),
             f"optimizer {name} goes on otherwise from its saved state; keep all of it in optimizer.state",
         )
+
+
+def check_schedule(schedule: str | Callable[..., Any], **options: Any) -> None:
+    """Check a schedule, by name or as the function itself, over runs of several lengths.
+
+    It gives factors that are finite and not negative, and the same ones in whatever order it is asked.
+    """
+    name, function = _loaded("schedule", schedule)
+    for total in (7, 1_000, 50_000_000):
+        points = sorted({total * k // 100 for k in range(100)})
+        forward = [function(seen, total, **options) for seen in points]
+        backward = [function(seen, total, **options) for seen in reversed(points)]
+        for seen, value in zip(points, forward, strict=True):
+            if not is_factor(value):
+                raise PluginError(f"schedule {name} gives {value!r} after {seen} of {total} samples; {GIVE}")
+        _hold(forward == backward[::-1], f"schedule {name} depends on what it was asked before, so no resume is exact")
+
+
+def check_dataset(dataset: str | Callable[..., Any], data_dir: Path | str = "data", **options: Any) -> None:
+    """Check a data set, by name or as the function itself.
+
+    What it gives can be converted, and its digest and its pictures are the same each time. Costs two readings of all.
+    """
+    name, function = _loaded("dataset", dataset)
+    here = plugins.Plugin("dataset", name, "this process", plugins.UNKNOWN, name)
+    plugin = plugins.find("dataset", dataset) if isinstance(dataset, str) else here
+    place, again = (place_of(plugin, function, Path(data_dir), options) for _ in range(2))
+    digest = source_digest_of(place)
+    _hold(digest == source_digest_of(again), f"data set {name} has another digest each time, so it is always converted")
+    for part, split in open_source(place, Conversion(), digest).splits.items():
+        first, second = ([hashlib.sha256(decode().tobytes()).digest() for decode in split.pictures()] for _ in range(2))
+        _hold(first == second, f"data set {name}: {part} has other pictures each time; its digest promises the same")
 
 
 _KINDS = {True: "matrices and filters", False: "biases and norms"}

@@ -38,6 +38,7 @@ from dtrain.run.console import Console, counted, shown, span
 from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
 from dtrain.run.rows import EvalClock, EvalRow, TrainClock, TrainRow
 from dtrain.run.state import Best, RunClock, Stopwatch, TrainState, read_state
+from dtrain.schedules import chosen_schedule
 from dtrain.settings.staged import Staged
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
@@ -118,6 +119,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     )
     chosen_architecture(config)
     chosen_optimizer(config)
+    chosen_schedule(config.schedule, config.schedule_opt, total=1.0)
     trackers.find(config.track)
     asked = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
@@ -481,7 +483,7 @@ class Training:
         state, counts = read_state(saved.state)
         self.learner.restore(saved.parts, counts)
         for kind, plugin in self.recorder.record.plugins.items():
-            if plugin != (was := saved.about["plugins"].get(kind)):
+            if plugin != (was := saved.about["plugins"].get(kind, plugin)):
                 self.console.warn(f"{kind}: was {was}, is {plugin}; what follows need not be the run as it began")
         if self.recorder.folder is not None:
             self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dtrain.data.beton import Beton, open_beton
 from dtrain.data.cache import convert
 from dtrain.data.format import FIELD, HEADER
-from dtrain.data.named import arrays
+from dtrain.data.layouts import arrays
 from dtrain.data.pictures import Source, Split
 
 Pixels = npt.NDArray[np.uint8]

@@ -22,7 +22,7 @@ from dtrain.commands import data
 from dtrain.config import Conversion
 from dtrain.data.beton import open_beton
 from dtrain.data.cache import convert, prepare
-from dtrain.data.named import arrays
+from dtrain.data.layouts import arrays
 from dtrain.data.pictures import BadPicture, Source, Split
 from dtrain.errors import DataError, ProcessError, StorageError
 from dtrain.files import Lock

@@ -31,8 +31,8 @@ STOREYS = (
     ("dtrain.rendezvous",),
     ("dtrain.witness",),
     ("dtrain.config", "dtrain.ranges"),
-    ("dtrain.settings",),
-    ("dtrain.plugins", "dtrain.schedules"),
+    ("dtrain.settings", "dtrain.schedules"),
+    ("dtrain.plugins",),
     ("dtrain.keyed", "dtrain.files"),
     ("dtrain.errors",),
 )
@@ -44,7 +44,8 @@ INSIDE = (
         ("dtrain.data.cache", "dtrain.data.loader"),
         ("dtrain.data.ffcv_reader", "dtrain.data.memory_reader", "dtrain.data.pixels"),
         ("dtrain.data.augment", "dtrain.data.beton", "dtrain.data.sources"),
-        ("dtrain.data.members", "dtrain.data.named", "dtrain.data.pairs"),
+        ("dtrain.data.named", "dtrain.data.offered"),
+        ("dtrain.data.layouts", "dtrain.data.members", "dtrain.data.pairs", "dtrain.data.torchvision_sets"),
         ("dtrain.data.format", "dtrain.data.pictures"),
     ),
     (
@@ -62,7 +63,7 @@ INSIDE = (
 )
 DOORS = {
     "ffcv": {"dtrain.data.ffcv_reader"},
-    "torchvision": {"dtrain.data.named", "dtrain_bench.contenders.task"},
+    "torchvision": {"dtrain.data.torchvision_sets", "dtrain_bench.contenders.task"},
     "wandb": {"dtrain.run.trackers"},
     "tensorboard": {"dtrain.run.trackers"},
     "lightning": {"dtrain_bench.contenders.with_lightning"},

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from warm import REPOSITORY, Warm
 
@@ -81,6 +82,43 @@ PACKAGES = {
             return ("second", num_classes)
         """,
     ),
+    "third": (
+        {
+            "schedules": ["half = third:half"],
+            "datasets": ["rings = third:rings"],
+            "trackers": ["lines = third:Lines"],
+            "recipes": ["third = third.recipes"],
+        },
+        """
+        def half(seen, total, *, at: float = 0.5):
+            return 1.0 if seen < at * total else 0.5
+
+        def rings(data_dir, *, count: int = 60):
+            import numpy as np  # a start that finds the set converted needs none of it
+
+            def split(seed):
+                labels = np.arange(count) % 3
+                noise = np.random.default_rng(seed).integers(0, 99, (count, 32, 32, 3))
+                return labels, (noise + 70 * labels[:, None, None, None]).astype(np.uint8)
+
+            return {
+                "digest": "1",
+                "class_names": ["dark", "gray", "light"],
+                "train": lambda: split(0),
+                "test": lambda: split(1),
+            }
+
+        class Lines:
+            def __init__(self, folder, about, state, *, live):
+                self.file = (folder / "lines.txt").open("a")
+
+            def write(self, row):
+                print(row["kind"], row["step"], file=self.file)
+
+            def close(self, exit_code):
+                self.file.close()
+        """,
+    ),
     "broken": (
         {
             "architectures": ["broken_arch = broken:net"],
@@ -101,6 +139,7 @@ RECIPES = {
         "mistyped": "learning_rate = 1.0\n",
     },
     "second": {"both": "lr = 2.0\n", "typed-cifar10": "lr = 9.0\n"},
+    "third": {},
     "broken": {"torn": "lr = \n"},
 }
 
@@ -120,9 +159,14 @@ def write_package(folder: Path, name: str) -> Path:
     return folder
 
 
+def with_path(folder: Path) -> str:
+    """PYTHONPATH with a folder before what it already holds."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed the three packages and what `dtrain plugins new fresh_net` made."""
+    """A folder into which pip has installed the packages and what `dtrain plugins new fresh_net` made."""
     folder = tmp_path_factory.mktemp("plugins")
     sources = [write_package(folder / f"{name}-source", name) for name in PACKAGES]
     sources.append(new_plugin("fresh_net", folder))
@@ -151,9 +195,9 @@ def test_the_tables_show_every_package_and_import_none(site: Path, tmp_path: Pat
     program = (
         "import sys; from dtrain.cli import run\n"
         "for verb in ('archs', 'optimizers', 'plugins'): run([verb, '--json']); print('=')\n"
-        "print(sorted({'torch', 'first', 'second', 'broken', 'fresh_net', 'dtrain_zoo'} & set(sys.modules)))"
+        "print(sorted({'torch', 'first', 'second', 'third', 'broken', 'fresh_net', 'dtrain_zoo'} & set(sys.modules)))"
     )
-    known = {**os.environ, "PYTHONPATH": str(site)}
+    known = {**os.environ, "PYTHONPATH": with_path(site)}
     shown = subprocess.run(
         [sys.executable, "-c", program], env=known, cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.split("=\n")
@@ -171,7 +215,12 @@ def test_the_tables_show_every_package_and_import_none(site: Path, tmp_path: Pat
         ("fresh_net", "fresh_net"),
     }
     assert [row["name"] for row in optimizers] == ["adam", "adamw", "broken_opt", "muon", "own", "sgd"]
-    assert {row["kind"] for row in everything} == {"architecture", "optimizer", "recipe"}
+    assert {row["kind"] for row in everything} == {*plugins.KINDS, "recipe"}
+    assert {(row["kind"], row["name"]) for row in everything if row["distribution"] == "third"} == {
+        ("schedule", "half"),
+        ("dataset", "rings"),
+        ("tracker", "lines"),
+    }
     assert next(row for row in archs if row["name"] == "broken_arch") == {
         "kind": "architecture",
         "name": "broken_arch",
@@ -236,7 +285,7 @@ def test_a_broken_plugin_breaks_only_those_who_ask_for_it() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_what_is_not_a_function_is_told_with_its_type_and_distribution() -> None:
-    with pytest.raises(PluginError, match=r"number of first \(first:NO\) is of type int, not a function"):
+    with pytest.raises(PluginError, match=r"number of first 1\.5 \(first:NO\) is of type int, not a function"):
         load("architecture", "number")
 
 
@@ -250,6 +299,41 @@ def test_a_function_of_a_file_is_an_architecture_too(tmp_path: Path) -> None:
     for missing in (f"{tmp_path}/none.py:net", f"{tmp_path}/a/json.py:other"):
         with pytest.raises(PluginError, match="could not be imported"):
             load("architecture", missing)
+
+
+def test_what_an_import_prints_and_where_it_goes_is_no_matter_for_the_caller(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loud.py").write_text("import os\nprint('hello')\nos.chdir('/')\ndef net(num_classes): ...\n")
+    before = Path.cwd()
+    load("architecture", f"{tmp_path}/loud.py:net")
+    assert Path.cwd() == before
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def write_metadata(site: Path, name: str, entry_points: bytes, metadata: str = "Name: {}\nVersion: 1\n") -> None:
+    folder = site / f"{name}-1.dist-info"
+    folder.mkdir()
+    (folder / "entry_points.txt").write_bytes(entry_points)
+    (folder / "METADATA").write_text(metadata.format(name))
+
+
+def test_broken_metadata_breaks_only_those_who_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = b"[dtrain.architectures]\n"
+    write_metadata(tmp_path, "latin", group + "h\u00fctte = latin:net\n".encode("latin-1"))
+    write_metadata(tmp_path, "torn", group + b"no equals sign\n")
+    write_metadata(tmp_path, "nameless", group + b"nameless_net = nameless:net\n", "Version: 1\n")
+    write_metadata(tmp_path, "bare", group + b"json_net = json\n")
+    write_metadata(tmp_path, "slashed", group + b"of/two::parts = json:dumps\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [plugin.name for plugin in plugins.listed("architecture")]
+    assert {"allcnn_c", "resnet18", "nameless_net", "json_net", "of/two::parts"} <= set(names)
+    assert load("schedule", "constant")(0, 1) == 1.0  # no architecture: torch itself fails to import beside "torn"
+    assert plugins.find("architecture", "nameless_net").distribution == "unknown"
+    with pytest.raises(PluginError, match="json_net of bare .* its entry point names no function; write module:func"):
+        load("architecture", "json_net")
+    for name in ("of/two::parts", "slashed::of/two::parts"):
+        assert load("architecture", name) is json.dumps
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -298,6 +382,14 @@ def test_a_wrong_option_is_told_in_one_line(name: str, text: str, told: str) -> 
         plugins.parse_options(load("architecture", "typed"), {name: text}, what="typed")
 
 
+def test_what_only_kwargs_would_take_is_no_parameter_of_a_function() -> None:
+    def net(num_classes: int, *, image_size: int = 32, **options: Any) -> None: ...
+
+    assert [plugins.accepts(net, name) for name in ("image_size", "in_channels")] == [True, False]
+    with pytest.raises(UsageError, match="net has no option 'num_classes'"):
+        plugins.parse_options(net, {"num_classes": "3"}, what="net")
+
+
 def test_a_class_gives_the_types_of_its_constructor() -> None:
     class Net:
         width: str
@@ -334,7 +426,7 @@ def test_a_recipe_is_named_like_a_plugin() -> None:
 # -- a package of one's own --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["My-Net", "class", "json", "allcnn.c", "../net", "taken"])
+@pytest.mark.parametrize("name", ["My-Net", "class", "json", "allcnn.c", "../net", "taken", "allcnn_c"])
 def test_new_refuses_a_name_that_cannot_be_imported_or_is_taken(tmp_path: Path, name: str) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(UsageError, match=re.escape(f"plugins new {name}: ")):
@@ -357,7 +449,48 @@ def test_a_new_package_trains_with_its_own_recipe(ranks: Warm, site: Path, tmp_p
     where = {"site": str(site), "output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
     assert ranks.call("test_plugins:train_fresh_net", 1, where) == [("finished", 2)]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["plugins"] == {"architecture": "fresh_net 0.1", "optimizer": "dtrain 0.1.0"}
+    ours = dict.fromkeys(("optimizer", "schedule"), "dtrain 0.1.0")
+    assert record["plugins"] == {"architecture": "fresh_net 0.1", **ours}
+
+
+def train_on_rings(site: str, output: str, cache: str) -> str:
+    """In a rank: a run with the schedule, the data set and the tracker of a package, none of which knows dtrain."""
+    from dtrain.training import train
+
+    sys.path.insert(0, site)
+    small = f"{Path(__file__).with_name('small_network.py')}:small"
+    config = TrainConfig.of(
+        arch=small,
+        dataset="rings",
+        dataset_opt=["count=90"],
+        schedule="third::half",
+        schedule_opt=["at=0.25"],
+        track="lines",
+        batch_size=30,
+        steps=4,
+        lr=0.5,
+        log_interval=1,
+        loader="memory",
+        threads=1,
+        output=output,
+        cache_dir=cache,
+    )
+    return train(config).status
+
+
+def test_a_package_offers_a_schedule_a_data_set_and_a_tracker(ranks: Warm, site: Path, tmp_path: Path) -> None:
+    where = {"site": str(site), "output": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
+    known = {"PYTHONPATH": with_path(site)}  # the tracker's process has to find its package as well
+    assert ranks.call("test_plugins:train_on_rings", 1, where, env=known) == ["finished"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["plugins"]["schedule"] == "third 1.5"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    assert [row["lr"] for row in train] == [0.5, 0.25, 0.25, 0.25]  # at=0.25 of four steps
+    assert evaluations[-1]["images"] == 90
+    assert [folder.name.rpartition("-")[0] for folder in (tmp_path / "cache").iterdir() if folder.is_dir()] == ["rings"]
+    lines = (tmp_path / "run" / "trackers" / "lines" / "lines.txt").read_text().splitlines()
+    assert lines == [f"{row['kind']} {row['step']}" for row in rows if row["kind"] != "event"]
 
 
 def test_the_commands_of_the_readme_run_in_an_empty_folder(tmp_path: Path) -> None:
@@ -368,7 +501,7 @@ def test_the_commands_of_the_readme_run_in_an_empty_folder(tmp_path: Path) -> No
         **os.environ,
         **OFFLINE,
         "PIP_TARGET": str(tmp_path / "site"),
-        "PYTHONPATH": str(tmp_path / "site"),
+        "PYTHONPATH": with_path(tmp_path / "site"),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -385,7 +518,57 @@ def run_program(text: str) -> None:
     exec(text, {})
 
 
-def test_the_checks_of_the_readme_hold_for_the_zoo(ranks: Warm) -> None:
-    programs = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(programs) == 1
-    ranks.call("test_plugins:run_program", 1, {"text": programs[0]})
+def test_the_examples_of_the_readme_pass_its_checks(
+    ranks: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *examples, checks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert [re.findall(r"^(?:def|class) (\w+)", example, re.MULTILINE) for example in examples] == [
+        ["restarts"],
+        ["rings"],
+        ["Lines"],
+    ]
+    (tmp_path / "mine.py").write_text("".join(examples))
+    monkeypatch.chdir(tmp_path)
+    ranks.call("test_plugins:run_program", 1, {"text": checks})
+
+
+def test_what_comes_with_dtrain_passes_the_checks() -> None:
+    from dtrain.testing import check_dataset, check_schedule
+
+    for plugin in plugins.listed("schedule"):
+        check_schedule(plugin.name)
+    check_dataset("digits")
+
+
+def test_a_schedule_or_a_data_set_that_changes_is_refused(tmp_path: Path) -> None:
+    from dtrain.testing import check_dataset, check_schedule
+
+    asked: list[float] = []
+
+    def stepped(seen: float, total: float) -> float:
+        asked.append(seen)
+        return 1 / len(asked)
+
+    def negative(seen: float, total: float) -> float:
+        return 1 - 2 * seen / total
+
+    def noisy(data_dir: Path) -> dict[str, Any]:
+        def split() -> tuple[list[int], list[Any]]:
+            asked.append(0)
+            return [0, 1], [np.full((4, 4), len(asked), np.uint8)] * 2
+
+        return {"digest": "1", "class_names": ["a", "b"], "image_size": 4, "train": split, "test": split}
+
+    with pytest.raises(AssertionError, match="schedule stepped depends on what it was asked before"):
+        check_schedule(stepped)
+    with pytest.raises(PluginError, match="schedule negative gives -0.* after 4 of 7 samples"):
+        check_schedule(negative)
+    with pytest.raises(AssertionError, match="data set noisy: train has other pictures each time"):
+        check_dataset(noisy)
+
+    def versions(data_dir: Path) -> dict[str, Any]:
+        asked.append(0)
+        return {**noisy(data_dir), "digest": str(len(asked))}
+
+    with pytest.raises(AssertionError, match="data set versions has another digest each time"):
+        check_dataset(versions)

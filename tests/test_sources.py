@@ -16,6 +16,8 @@ from dtrain.config import Conversion
 from dtrain.data.sources import digest_of, find_source, locate
 from dtrain.errors import DataError, UsageError
 
+NO_DOWNLOAD = {"download": "false"}
+
 # -- the side of the pictures ------------------------------------------------------------------------------------------
 
 
@@ -85,9 +87,9 @@ def test_a_memo_that_is_damaged_is_as_good_as_none(tmp_path: Path) -> None:
 def test_a_named_set_is_found_in_the_data_dir(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"cifar10{ending}"
     _ = write_tar(path, contents()) if ending else write_folder(path, contents())
-    place = locate("cifar10", tmp_path, download=False)
+    place = locate("cifar10", tmp_path, NO_DOWNLOAD)
     assert (place.name, place.path) == ("cifar10", path)
-    assert drained(find_source("cifar10", tmp_path, download=False))["train"][0] == [0, 0, 1, 1]
+    assert drained(find_source("cifar10", tmp_path, options=NO_DOWNLOAD))["train"][0] == [0, 0, 1, 1]
 
 
 def test_a_name_that_nobody_knows_is_a_usage_error_that_names_the_nearest(tmp_path: Path) -> None:

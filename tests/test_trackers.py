@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.metadata
 import json
 import math
 import os
@@ -118,16 +119,60 @@ def test_figures_are_named_after_what_they_are_of() -> None:
 
 
 def test_a_wrong_name_is_told_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="--track tensorbord: not a tracker; did you mean 'tensorboard'?"):
+    with pytest.raises(UsageError, match="tracker 'tensorbord' is not installed; did you mean 'tensorboard'?"):
         find(["csv", "tensorbord"])
 
 
-def test_a_package_that_is_missing_is_told_with_its_extra() -> None:
+def test_a_package_that_is_missing_is_told_with_its_extra(tmp_path: Path) -> None:
+    ours = importlib.metadata.distribution("dtrain")
+    metadata = tmp_path / "dtrain-0.1.0.dist-info"
+    metadata.mkdir()
+    requires = "".join(f"Requires-Dist: {line}\n" for line in ours.requires or ())
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dtrain\nVersion: 0.1.0\n{requires}")
+    (metadata / "entry_points.txt").write_text(ours.read_text("entry_points.txt") or "")
     code = "from dtrain.run.trackers import find; find(['csv']); find(['csv', 'wandb'])"
-    bare = {"PYTHONPATH": str(REPOSITORY)}  # -S: without site-packages
+    bare = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}  # -S: without site-packages
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=bare)
-    told = "--track wandb: the package wandb is not installed; pip install 'dtrain[wandb]'"
-    assert done.stderr.splitlines()[-1] == f"dtrain.errors.UsageError: {told}"
+    told = "tracker wandb needs the package wandb, which is not installed; pip install 'dtrain[wandb]'"
+    assert done.stderr.splitlines()[-1] == f"dtrain.errors.PluginError: {told}"
+
+
+LINES = """
+class Lines:
+    def __init__(self, folder, about, state, *, live):
+        self.file = (folder / "lines.txt").open("a")
+
+    def write(self, row):
+        print(row["kind"], row["step"], file=self.file)
+
+    def close(self, exit_code):
+        self.file.close()
+"""
+
+
+def test_a_class_of_four_lines_that_knows_nothing_of_dtrain_gets_every_row_once(
+    folder: RunDir, tmp_path: Path, patient: None
+) -> None:
+    (tmp_path / "mine.py").write_text(LINES)
+    name = f"{tmp_path}/mine.py:Lines"
+    ((told, short),) = session(folder, [name], [train_row(1), eval_row(1)])
+    assert not short
+    ((told, short),) = session(folder, [name], [train_row(2)])
+    (lines,) = folder.path.glob("trackers/*/lines.txt")
+    assert (told, short) == (f"{name}: {lines.parent}", False)
+    assert lines.read_text() == "train 1\neval 1\ntrain 2\n"
+    folder.close()
+    assert sync(folder.path, []) == [{"tracker": name, "where": str(lines.parent), "error": None}]
+    assert lines.read_text() == "train 1\neval 1\ntrain 2\n"
+
+
+def test_a_tracker_that_cannot_be_imported_is_told_at_the_end_and_the_run_goes_on(
+    folder: RunDir, tmp_path: Path, patient: None
+) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('no licence found')\n")
+    ((told, short),) = session(folder, [f"{tmp_path}/mine.py:Lines"], [train_row(1)])
+    assert short
+    assert "could not be imported: SystemExit: no licence found; nothing is lost: dtrain sync" in told
 
 
 # -- csv and TensorBoard -----------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def prepare_data(data_dir: Path, folder: Path) -> Data:
     """CIFAR-10 if it is in `data_dir`, else the synthetic set; converted for dtrain, written out for the others."""
     name = "cifar10"
     try:
-        locate(name, data_dir, download=False)
+        locate(name, data_dir, {"download": "false"})
     except DataError:
         name = "synthetic"
     beton = Console(False).converting(convert(DataSettings(dataset=name, data_dir=data_dir)))["train"]

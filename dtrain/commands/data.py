@@ -21,7 +21,7 @@ LOOKED_AT = ("flip", "shift", "cutout", "scale", "affine", "jitter", "erase", "m
 
 def convert(asked: Data) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
-    return prepare(asked.dataset, asked.data_dir, asked.cache_dir, asked.conversion())
+    return prepare(asked.dataset, asked.data_dir, asked.cache_dir, asked.conversion(), options=asked.dataset_opt)
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`dtrain plugins new NAME`: the zoo's template, copied, with the name filled in."""
+"""`dtrain plugins new NAME`: makes a package by copying the zoo's template and filling in the name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import tempfile
 from pathlib import Path
 
 from dtrain.errors import StorageError, UsageError
+from dtrain.plugins import offered
 
-TEMPLATE_NAME = "my_net"  # the template is a sound package of this name
+TEMPLATE_NAME = "my_net"  # the template is a working package of this name
 
 
 def new_plugin(name: str, into: Path) -> Path:
-    """Make the package `name` in folder `into` and return its path. Whole or not at all.
+    """Make the package `name` in the folder `into`, whole or not at all, and return its path.
 
-    Raises UsageError for a name that Python, or a package that can be imported here, has taken; StorageError.
+    Raises UsageError for a name that Python cannot import or that is taken, by a folder, by a package that can be
+    imported here or by an architecture that is installed; StorageError for a folder that cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UsageError(f"plugins new {name}: give a name that Python can import, such as my_net")
@@ -24,6 +26,8 @@ def new_plugin(name: str, into: Path) -> Path:
         raise UsageError(f"plugins new {name}: {into / name} is already there; give another name")
     if importlib.util.find_spec(name) is not None:
         raise UsageError(f"plugins new {name}: a package of that name is already installed; give another name")
+    if offered("architecture", name):
+        raise UsageError(f"plugins new {name}: an architecture of that name is already installed; give another name")
     zoo = importlib.util.find_spec("dtrain_zoo")  # found, not imported
     template = Path(next(iter(zoo.submodule_search_locations or ()))) / "template" if zoo else Path("template")
     try:
@@ -43,13 +47,13 @@ def new_plugin(name: str, into: Path) -> Path:
 
 
 def next_steps(package: Path) -> str:
-    """What to do with a package that has just been made, for people."""
+    """What a person does next with a package that has just been made: the commands of plugins/README.md."""
     name = package.name
     return "\n".join(
         [
             f"{package} is a package with one architecture; its code is {package / name / '__init__.py'}",
-            f"  pip install --no-deps --no-build-isolation --editable {package}",
+            f"  pip install --no-deps {package}    (with --editable while you work on it)",
             f"  python -m pytest {package}",
-            f"  dtrain train --arch {name} --dataset digits",
+            f"  dtrain train --arch {name} --dataset digits --dry-run",
         ]
     )

@@ -7,20 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dtrain.plugins import Kind, listed, recipes
+from dtrain.plugins import Kind, Plugin, listed, recipes
 from dtrain.run.console import aligned
 from dtrain.settings import SETTINGS, TrainConfig
 from dtrain.settings.values import plain
 
 
 def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
-    """A row for each plugin of a kind: name, where it comes from. Nothing is imported."""
-    return [asdict(plugin) for plugin in listed(kind)]
+    """A row for each plugin of a kind: its name and where it comes from. Imports none of them."""
+    return [_row(plugin) for plugin in listed(kind)]
 
 
 def recipe_rows() -> list[dict[str, Any]]:
-    """A row for each recipe, with its file. Nothing is imported and no recipe read."""
-    return [asdict(recipe) for recipe in recipes()]
+    """A row for each recipe, with its file. Imports no package and reads no recipe."""
+    return [_row(recipe) for recipe in recipes()]
+
+
+def _row(plugin: Plugin) -> dict[str, Any]:
+    return {name: value for name, value in asdict(plugin).items() if name != "member"}  # the name says it
 
 
 def config_rows(config: TrainConfig) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -45,18 +45,19 @@ def prepare(
     cache_dir: Path | None,
     asked: Conversion | None = None,
     *,
+    options: Mapping[str, str] | None = None,
     timeout_seconds: float = CONVERSION_SECONDS,
     raw_limit: int = RAW_LIMIT,
 ) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set by split, converted first if they are not in the cache; yields progress.
 
-    Any number of processes may call it at once: whoever takes the lock converts, the others wait for the lock and draw
-    no conclusion from a missing file. Raises DataError, UsageError, StorageError (an unwritable cache), ProcessError
-    if another process holds the lock longer than `timeout_seconds`.
+    options: of a named set, as text. Any number of processes may call it at once: whoever takes the lock converts, the
+    others wait for the lock and draw no conclusion from a missing file. Raises DataError, UsageError, StorageError (an
+    unwritable cache), ProcessError if another process holds the lock longer than `timeout_seconds`.
     """
     asked = asked or Conversion()
     cache = cache_dir or default_cache()
-    place = locate(dataset, data_dir)
+    place = locate(dataset, data_dir, options)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         digest = digest_of(place, cache / f"{place.name}.digest")

@@ -144,7 +144,8 @@ class Chunks:
 
 def load_dataset(config: TrainConfig) -> Generator[Progress, None, DataSet]:
     """The data set of `config`, converted first where that is due; yields progress. Raises what `prepare` raises."""
-    betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir, config.conversion())
+    where, options = (config.data_dir, config.cache_dir), config.dataset_opt
+    betons = yield from prepare(config.dataset, *where, config.conversion(), options=options)
     train, test = betons["train"], betons["test"]
     seen = (config.image_size.largest if config.image_size else train.image_size, _channels(config, train))
     if config.val_split is None:

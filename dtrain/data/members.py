@@ -32,6 +32,16 @@ HEAD = 1 << 20  # bytes by which a file with a strange ending is judged
 Read = Callable[..., bytes]
 
 
+def places_of(name: str, data_dir: Path) -> list[Path]:
+    """Where pictures called `name` may lie: a folder or a tar in the data folder, or a path."""
+    return [*(data_dir / (name + end) for end in ("", *TAR_ENDINGS)), Path(name)]
+
+
+def is_place(path: Path) -> bool:
+    """Whether there is a folder, or a file that is called a tar."""
+    return path.is_dir() or (path.is_file() and path.name.endswith(TAR_ENDINGS))
+
+
 @dataclass(frozen=True)
 class Member:
     """One file below train/, val/ or test/. read(n): its first n bytes, all without n."""

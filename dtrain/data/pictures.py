@@ -157,6 +157,16 @@ def fitted(image: Image.Image, size: int, resize: str) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
+def from_image(image: Image.Image, size: int, resize: str) -> Pixels:
+    """A Pillow image of any mode as uint8 [size, size, 3], by the rule above from its second point on."""
+    return fitted(_over_white(_eight_bits(image)), size, resize)
+
+
+def gray(image: Pixels) -> Pixels:
+    """uint8 [H, W] as uint8 [H, W, 3]."""
+    return np.repeat(image[:, :, None], 3, axis=2)
+
+
 def from_array(pixels: Pixels, size: int, resize: str) -> Pixels:
     """uint8 [H, W, 3] as uint8 [size, size, 3]: itself where that is its size."""
     return pixels if pixels.shape[:2] == (size, size) else fitted(Image.fromarray(pixels), size, resize)

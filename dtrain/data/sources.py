@@ -1,72 +1,95 @@
-"""Where images come from: `--dataset` as a name, a folder, a tar or a pair of betons -> Source.
+"""Where images come from: `--dataset` as a name, a file's function, a folder, a tar or a pair of betons -> Source.
 
-The table below is all there is by name; a folder or tar needs no code. What each kind is made of: `named`, `members`,
-`pairs`; how a picture becomes bytes: `pictures`.
+A name is a data set plugin's, and is looked for through the one door for plugins; a folder or tar needs no code. What
+each kind is made of stands in `offered` (plugins), `members`, `layouts` and `pairs`; how a picture becomes bytes, in
+`pictures`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from dtrain import plugins
 from dtrain.config import Conversion
-from dtrain.data import named
-from dtrain.data.members import TAR_ENDINGS, open_members, stats_of
-from dtrain.data.named import Layout
+from dtrain.data.layouts import layout_of
+from dtrain.data.members import TAR_ENDINGS, is_place, open_members, places_of, stats_of
+from dtrain.data.offered import SEE, Offer
 from dtrain.data.pairs import open_pair, pair_in
 from dtrain.data.pictures import Decode, Pixels, Source, Split, from_array
-from dtrain.errors import DataError, UsageError, nearest
+from dtrain.errors import DataError, DtrainError, UsageError, nearest
 from dtrain.files import canonical_json, sha256_of
-
-BUILT_IN: dict[str, Callable[[str], Source]] = {"digits": named.digits, "synthetic": named.synthetic}
-TORCHVISION: dict[str, Layout] = {"cifar10": named.CIFAR10, "cifar100": named.CIFAR100, "mnist": named.MNIST}
 
 
 @dataclass(frozen=True)
 class Place:
-    """What `--dataset` was found to mean: a name for the cache, and a tar or folder; no path for what is built in."""
+    """What `--dataset` was found to mean: a name for the cache, and either a tar or folder or what a plugin offers."""
 
     name: str
-    path: Path | None
+    path: Path | None = None
+    offer: Offer | None = None
 
 
-def find_source(dataset: str, data_dir: Path, asked: Conversion | None = None, *, download: bool = True) -> Source:
-    """The source called `dataset`: a name, or a path to a folder or tar.
+def find_source(
+    dataset: str, data_dir: Path, asked: Conversion | None = None, options: Mapping[str, str] | None = None
+) -> Source:
+    """The source called `dataset`: a name, a file's function, or a path to a folder or tar.
 
-    Raises what `locate` raises, and DataError for what cannot be a data set: no classes, one class, a test class that
-    train lacks, a link in a tar. Lists all members: seconds.
+    options: of a named set, as text. Raises what `locate` raises, and DataError for what cannot be a data set: no
+    classes, one class, a test class that train lacks, a link in a tar. Lists all members, which may take seconds.
     """
-    place = locate(dataset, data_dir, download=download)
+    place = locate(dataset, data_dir, options)
     return open_source(place, asked or Conversion(), digest_of(place))
 
 
-def locate(dataset: str, data_dir: Path, *, download: bool = True) -> Place:
-    """Where `dataset` is, without reading it; CIFAR or MNIST that are nowhere are downloaded if `download`.
+def locate(dataset: str, data_dir: Path, options: Mapping[str, str] | None = None) -> Place:
+    """Where `dataset` is, without reading it. The function of a named set is called, which may download the set.
 
-    Looked for: built in; in `data_dir` torchvision's own folder, `<dataset>/`, `<dataset>.tar[.gz|.xz]`; a path.
-    Raises UsageError for a name nobody knows, DataError for a known one that is not there. Cheap.
+    A name that some package offers wins; then `<dataset>/` and `<dataset>.tar[.gz|.xz]` in `data_dir`; then a path, so
+    that ./name reaches a folder that has the name of a plugin. Raises UsageError for a name nobody knows and for
+    options of what has none, PluginError for a plugin that cannot be imported, DataError for pictures that are not
+    there. Cheap, except for a download.
     """
-    if dataset in BUILT_IN:
-        return Place(dataset, None)
-    layout = TORCHVISION.get(dataset)
-    names = ([layout.folder] if layout else []) + [dataset, *(dataset + end for end in TAR_ENDINGS)]
-    for candidate in [data_dir / name for name in names] + [Path(dataset)]:
-        if candidate.is_dir() or (candidate.is_file() and candidate.name.endswith(TAR_ENDINGS)):
+    if plugins.offered("dataset", dataset) or "::" in dataset:
+        plugin = plugins.find("dataset", dataset)
+        function = plugins.load(plugin)
+        values = plugins.parse_options(function, options or {}, what=f"data set {dataset}")
+        return place_of(plugin, function, data_dir, values)
+    if options:
+        raise UsageError(f"--dataset-opt {next(iter(options))}: {dataset} is no named data set, so it has no options")
+    for candidate in places_of(dataset, data_dir):
+        if is_place(candidate):
             return Place(_stem(dataset), candidate)
-    if layout:
-        looked = f"--dataset {dataset}: none of {', '.join(names)} in {data_dir.absolute()}"
-        if not download:
-            raise DataError(f"{looked}; put one there, name its folder with --data-dir, or try --dataset digits")
-        return Place(dataset, named.download(layout, data_dir, looked))
     if os.sep in dataset or dataset.endswith(TAR_ENDINGS):
         raise DataError(f"--dataset {dataset}: no such folder or tar ({', '.join(TAR_ENDINGS)})")
-    hint = nearest(dataset, [*BUILT_IN, *TORCHVISION])
+    hint = nearest(dataset, [plugin.name for plugin in plugins.listed("dataset")])
     raise UsageError(f"--dataset {dataset}: no such name, path, or folder or tar in {data_dir.absolute()}; {hint}")
+
+
+def place_of(plugin: plugins.Plugin, function: Callable[..., Any], data_dir: Path, options: Mapping[str, Any]) -> Place:
+    """Call the function of a named set, with options in their own types.
+
+    A DtrainError comes out as it is; any other exception becomes a DataError that names the plugin's distribution.
+    """
+    try:
+        given = function(data_dir, **options)
+    except DtrainError:
+        raise
+    except Exception as error:
+        raise DataError(f"{plugin.said} fails: {type(error).__name__}: {error}") from error
+    name = re.split("[/:]", plugin.name)[-1]
+    if not isinstance(given, str | Path):
+        return Place(name, offer=Offer.of(plugin, options, given))
+    if not is_place(Path(given)):
+        raise DataError(f"{plugin.said} returns the path {given}, where no folder or tar is; {SEE}")
+    return Place(name, Path(given))
 
 
 def _stem(dataset: str) -> str:
@@ -76,18 +99,24 @@ def _stem(dataset: str) -> str:
 
 def open_source(place: Place, asked: Conversion, digest: str) -> Source:
     """Read what `locate` found as far as class names, labels and image size; see `find_source`, `digest_of`."""
-    if place.path is None:
-        return _fitted(BUILT_IN[place.name](digest), asked)
-    for layout in TORCHVISION.values():
-        if layout.is_in(place.path):
-            return _fitted(layout.open(place.name, place.path, digest), asked)
-    if (pair := pair_in(place.path)) is not None:
+    if place.offer is not None:
+        return place.offer.source(place.name, asked)
+    path = _path_of(place)
+    if (layout := layout_of(path)) is not None:
+        return _fitted(layout.open(place.name, path, digest), asked)
+    if (pair := pair_in(path)) is not None:
         return open_pair(place.name, pair, digest, asked)
-    return open_members(place.name, place.path, digest, asked)
+    return open_members(place.name, path, digest, asked)
+
+
+def _path_of(place: Place) -> Path:
+    if place.path is None:
+        raise ValueError(f"{place.name} is neither a path nor an offer")
+    return place.path
 
 
 def _fitted(source: Source, asked: Conversion) -> Source:
-    """A named set, in another size than its own where that is asked for."""
+    """A source in another size than its own, where that is asked for."""
     size = asked.stored_size or source.image_size
     if size == source.image_size:
         return source
@@ -109,24 +138,25 @@ def digest_of(place: Place, memo: Path | None = None) -> str:
     """64 hex digits that change when the content does.
 
     Of a tar: the SHA-256 of its bytes, remembered in the file `memo` by place, size and time of change. Of a folder:
-    the SHA-256 of the names, sizes and times of its files, so that a start need not read them. Of what is built in: of
-    its name and version.
+    the SHA-256 of the names, sizes and times of its files, so that a start need not read them. Of a named set: of its
+    name, its options and the digest that its function gives.
     """
-    if place.path is None:
-        return hashlib.sha256(f"{place.name} 1".encode()).hexdigest()
+    if place.offer is not None:
+        return place.offer.digest
+    path = _path_of(place)
     try:
-        if place.path.is_file():
-            return sha256_of(place.path) if memo is None else remembered_sha256(place.path, memo)
-        return hashlib.sha256(canonical_json(list(_rows(place.path)))).hexdigest()
+        if path.is_file():
+            return sha256_of(path) if memo is None else remembered_sha256(path, memo)
+        return hashlib.sha256(canonical_json(list(_rows(path)))).hexdigest()
     except OSError as error:
-        raise DataError(f"{place.path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _rows(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time of change of the files that a folder's source is read from."""
+    """Name, size and time of change of each file that the source of a folder is read from."""
     if pair := pair_in(folder):
         files = [path for beton in pair for path in (beton, beton.with_suffix(".json")) if path.is_file()]
-    elif any(layout.is_in(folder) for layout in TORCHVISION.values()):
+    elif layout_of(folder) is not None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     else:
         yield from stats_of(folder)
@@ -139,7 +169,7 @@ def _rows(folder: Path) -> Iterator[tuple[str, int, int]]:
 def remembered_sha256(path: Path, memo: Path) -> str:
     """The SHA-256 of a file, computed again only when its place, size or time of change is not what `memo` remembers.
 
-    A memo that cannot be read or written costs time, nothing else.
+    A memo that cannot be read or written costs the time to compute it, and does no other harm.
     """
     stat = path.stat()
     place = hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]  # two tars of one name share a memo
@@ -150,6 +180,6 @@ def remembered_sha256(path: Path, memo: Path) -> str:
             return digest
     digest = sha256_of(path)
     with suppress(OSError):
-        # Not whole_file: half a memo does not parse, and two fsyncs at each first use would buy nothing.
+        # written without whole_file: half a memo does not parse, so two fsyncs would gain nothing
         memo.write_text(f"{known} {digest}\n", encoding="ascii")
     return digest

@@ -159,7 +159,12 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
         if before is not None:
             _refuse_other_settings(folder.path, config)
         folder.write_config(config.settings())
-        found = (plugins.find("architecture", config.arch), plugins.find("optimizer", config.opt))
+        chosen: tuple[tuple[plugins.Kind, str], ...] = (
+            ("architecture", config.arch),
+            ("optimizer", config.opt),
+            ("schedule", config.schedule),
+        )
+        found = [plugins.find(kind, name) for kind, name in chosen]
         record = Record(
             status="running",
             step=before.step if before else 0,

@@ -1,38 +1,41 @@
-"""Trackers: where rows are sent beside metrics.jsonl, which is wandb, TensorBoard or csv files. One class for each.
+"""Trackers: where the rows of metrics.jsonl are sent as well. Those that come with dtrain are classes here.
 
-A tracker runs in a process of its own (tracking.py), so that it may be slow, raise, hang or die without an effect on
-the run. It is given the train and eval rows in the order of their `position`, beginning after the last one it has, so
-that a resume, which computes equal rows again, adds none twice. `dtrain sync` sends later what it has missed.
+A tracker runs in a process of its own (tracking.py), so it may be slow, raise, hang or die without the run noticing.
+It is given the train and eval rows in order of their `position`, beginning after the last row that it holds, so that a
+resume, which computes equal rows again, adds none of them twice. Rows that it missed are still in metrics.jsonl, from
+where `dtrain sync` sends them. Each is an entry point; the extra in it names the package that it needs.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TextIO, TypeAlias
+from typing import Any, Protocol, TextIO, TypeAlias
 
-from dtrain.errors import ExitCode, UsageError, nearest
+from dtrain import plugins
+from dtrain.errors import ExitCode
 from dtrain.files import write_json
+from dtrain.plugins import Plugin
 from dtrain.run.rows import EvalRow, TrainRow
 
 Row: TypeAlias = TrainRow | EvalRow  # what a tracker is given
 NOTHING = -1  # the position before every row
-INIT_SECONDS = 10.0  # that wandb waits for its server, once for the key and once for the run, before it works offline
+INIT_SECONDS = 10.0  # wandb waits so long for its server, for the key and again for the run; then it works offline
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """What a tracker keeps between sessions, in its folder's state.json.
+    """What is kept of a tracker between two sessions, in the file state.json of its folder.
 
-    held: the position of the last row that is certain to have arrived; a session that is killed does not change it.
-    where: tells people how to look at the rows. error: why rows are missing, as the end of a sentence.
+    id: the run's name at the tracker's server. held: the position of the last row that is safe there; a session that is
+    killed leaves it unchanged. where: tells people how to look at the curves. error: why rows are missing, as the end
+    of a sentence.
     """
 
     id: str | None = None
@@ -63,41 +66,29 @@ class About:
 
 
 class Tracker(Protocol):
-    """One session of a tracker, built by `cls(folder, about, state, live=...)`. What it raises ends this tracker alone.
+    """One session with a tracker. It is built by `cls(folder, about, state, live=...)`, where `folder` exists.
 
-    live: whether a run goes on beside it. It should then do without a server that does not answer; otherwise a user
-    waits for the result and wants to see the error.
+    live: a run goes on beside it, so that it should make do without a server; else the user waits for an answer.
+    Whatever it raises ends this tracker alone. It may have an attribute `state: State`, which it has written to disk
+    before it touches anything else: where it begins. It then gets the rows after `state.held`; without the attribute,
+    those after the last that the session before it held.
     """
-
-    distribution: ClassVar[str | None]  # the package it needs, and the name of the extra of dtrain that installs it
-    state: State  # where the session begins: it is given no row up to `held`. It is on disk before anything is sent
 
     def write(self, row: Row) -> None:
         """Take a train or eval row."""
         ...
 
-    def close(self, exit_code: int | None) -> State:
-        """Wait until the rows have arrived; return how many have. exit_code: of the run, None if it was killed."""
+    def close(self, exit_code: int | None) -> State | None:
+        """Return when the rows are safe: how far, or None if all are. exit_code: of the run, None if it died."""
         ...
 
 
-def find(names: Sequence[str]) -> list[Callable[..., Tracker]]:
-    """The classes of `--track`. Imports none of their packages.
+def find(names: Sequence[str]) -> list[Plugin]:
+    """The trackers of `--track`, as plugins. Imports none of them, since they run in processes of their own.
 
-    Raises UsageError for a name that is none, naming the nearest, and for a package that is not installed.
+    Raises PluginError for a name that is no tracker, with the nearest that is, and for a package that is not installed.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise UsageError(f"--track {name}: not a tracker; {nearest(name, TRACKERS)}")
-        if (package := TRACKERS[name].distribution) is None:
-            continue
-        try:  # find_spec would accept any folder of this name in the working directory
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise UsageError(
-                f"--track {name}: the package {package} is not installed; pip install 'dtrain[{package}]'"
-            ) from None
-    return [TRACKERS[name] for name in names]
+    return [plugins.find("tracker", name) for name in names]
 
 
 def position(row: Row) -> int:
@@ -130,9 +121,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 class Csv:
-    """Writes train.csv and eval.csv, with a column for each figure; each session writes them anew."""
-
-    distribution: ClassVar[str | None] = None
+    """Writes the rows unchanged into train.csv and eval.csv. Each session writes both files anew."""
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
         self.state = replace(state, held=NOTHING, where=str(folder))
@@ -163,8 +152,6 @@ class TensorBoard:
     It uses TensorBoard's own writer, since torch's does the same and imports torch. A session begins with a mark that
     voids all earlier events of its first step and later ones, so that rows of a session that was killed show once.
     """
-
-    distribution: ClassVar[str | None] = "tensorboard"
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -207,8 +194,6 @@ class Wandb:
     `starting_step` how far it is. An offline folder gets all rows, so that `wandb sync` of the newest folder is enough;
     its rows count as not sent.
     """
-
-    distribution: ClassVar[str | None] = "wandb"
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
         import wandb
@@ -261,10 +246,3 @@ class Wandb:
             self._run.mark_preempting()
         self._run.finish(exit_code=ExitCode.DEFECT if exit_code is None else exit_code)
         return replace(self.state, held=self._held)
-
-
-TRACKERS: dict[str, type[Csv] | type[TensorBoard] | type[Wandb]] = {
-    "csv": Csv,
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-}

@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from dtrain.config import read_config
 from dtrain.errors import ExitCode, UsageError
 from dtrain.files import Lock
+from dtrain.plugins import load
 from dtrain.run.console import shown
 from dtrain.run.rows import EventRow, Row, parsed
 from dtrain.run.rundir import CONFIG, LOCK, METRICS, read_record
@@ -40,8 +42,8 @@ ROW, END = b"\n", b"."  # what the trainer writes into the pipe
 
 
 def folder_of(run: Path, name: str) -> Path:
-    """Where a tracker keeps its state, its log and what it writes."""
-    return run / FOLDER / name
+    """Where a tracker keeps its state, its log and what it writes; a name with a slash in it is one folder too."""
+    return run / FOLDER / quote(name, safe=":")
 
 
 class Tracking:
@@ -147,7 +149,7 @@ def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     if Lock(run / LOCK).is_held():
         raise UsageError(f"{run} is still running; sync it when it has ended")
     if not names:
-        names = sorted(path.name for path in (run / FOLDER).glob("*/"))
+        names = sorted(unquote(path.name) for path in (run / FOLDER).glob("*/"))
     if not names:
         raise UsageError(f"{run} was not tracked; name a tracker: --track wandb")
     find(names)
@@ -169,13 +171,14 @@ def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> State:
     """Give a tracker the rows it lacks, each time that `wait` returns True and a last time when it returns False.
 
-    live: see Tracker. Returns the state it ends with; what the tracker raises is not caught.
+    live: as Tracker says. Returns the state that the tracker ends with. Raises whatever the tracker raises.
     """
     folder = folder_of(run, name)
-    state = replace(State.read(folder), error=None)
-    if not live:
-        state = replace(state, held=NOTHING)  # offer all rows, since the tracker itself knows best what it lacks
+    known = replace(State.read(folder), error=None)
+    # `dtrain sync` offers all rows, since a server may have lost some: a tracker with a state knows which it lacks
+    state = known if live else replace(known, held=NOTHING)
     tracker: Tracker | None = None
+    last = NOTHING  # position of the last row that was given to the tracker
     more = wait()  # the first row is announced after a resume has cut the file back
     lines = _lines(run / METRICS)
     while True:
@@ -183,17 +186,19 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
             if isinstance(row, EventRow) or position(row) <= state.held:
                 continue
             if tracker is None:
-                tracker = find([name])[0](folder, _about(run), state, live=live)
-                state = tracker.state
-                lines = _lines(run / METRICS)  # from the beginning, since it may lack earlier rows than this one
+                tracker = load(find([name])[0])(folder, _about(run), state, live=live)
+                state = getattr(tracker, "state", known)
+                lines = _lines(run / METRICS)  # from the beginning: it may want more than this row
             else:
                 tracker.write(row)
+                last = position(row)
         if not more:
             break
         more = wait()
     if tracker is not None:
         record = read_record(run)
-        state = tracker.close(record.exit_code if record is not None else None)
+        closed = tracker.close(record.exit_code if record is not None else None)
+        state = closed or replace(state, held=max(last, state.held), where=state.where or str(folder))
     state.write(folder)
     return state
 

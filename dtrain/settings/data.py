@@ -53,8 +53,9 @@ class Data(Panel):
     dataset: str = setting(
         "cifar10",
         "a data set that `dtrain plugins` lists, such as cifar10; or a folder or tar with train/CLASS/ and val/CLASS/ "
-        "or test/CLASS/; or a folder with train.beton and val.beton or test.beton",
+        "or test/CLASS/; or a folder with train.beton and val.beton or test.beton; or ./file.py:function",
     )
+    dataset_opt: dict[str, str] = setting({}, "option of a named data set, as key=value; may be repeated", of="dataset")
     data_dir: Path = setting(Path("data"), "folder where named data sets are looked for and downloaded to", place=True)
     cache_dir: Path | None = setting(
         None, "folder where converted data sets are kept [default: the user's cache folder]", place=True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class AllCNN(nn.Module):
-    """Nine convolutions and a global average; [b, C, H, W] to [b, K]. H and W from 12 up."""
+    """Nine convolutions and a global average; maps [b, C, H, W] to [b, K]. H and W must be at least 12."""
 
     def __init__(self, num_classes: int, in_channels: int, dropout: bool, norm: str) -> None:
         super().__init__()
@@ -17,7 +17,7 @@ class AllCNN(nn.Module):
         self.classify = nn.Conv2d(192, num_classes, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # torch's default initialisation is too small for nine layers without a norm: it stays at chance
+                # torch's default weights are too small for nine layers without a norm: accuracy stays at chance
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -40,7 +40,7 @@ class AllCNN(nn.Module):
             channels = width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits: the class maps' averages."""
+        """Images [b, C, H, W] to logits [b, K]: for each class the average of its map."""
         maps: Tensor = self.classify(self.layers(images))
         return maps.mean((2, 3))
 
@@ -48,9 +48,9 @@ class AllCNN(nn.Module):
 def allcnn_c(
     num_classes: int, *, in_channels: int = 3, dropout: bool = False, norm: Literal["none", "batch"] = "none"
 ) -> nn.Module:
-    """All-CNN-C; 1,369,738 parameters for 10 classes of RGB images.
+    """All-CNN-C. It has 1,369,738 parameters for 10 classes of RGB images.
 
-    dropout: 0.2 on the image and 0.5 after each strided layer, as published. norm: batch norm after each layer but the
-    last, in place of its bias.
+    dropout: 0.2 on the image and 0.5 after each strided layer, as published. norm: `batch` puts a batch norm after each
+    layer but the last, in place of that layer's bias.
     """
     return AllCNN(num_classes, in_channels, dropout, norm)

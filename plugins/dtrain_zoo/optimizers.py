@@ -1,4 +1,4 @@
-"""torch's own optimizers as plugins, fused unless told otherwise: one kernel for all parameters."""
+"""torch's own optimizers as plugins. By default they are fused, which means one kernel for all parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sgd(
     weight_decay: float = 5e-4,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with (Nesterov) momentum; weight decay is added to the gradient."""
+    """Stochastic gradient descent with momentum, Nesterov's by default. Weight decay is added to the gradient."""
     nesterov = nesterov and momentum > 0
     return torch.optim.SGD(
         param_groups, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused
@@ -35,7 +35,7 @@ def adam(
     weight_decay: float = 0.0,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba 2015); weight decay is added to the gradient."""
+    """Adam (Kingma and Ba 2015). Weight decay is added to the gradient."""
     return torch.optim.Adam(param_groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=fused)
 
 
@@ -48,5 +48,5 @@ def adamw(
     weight_decay: float = 0.01,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019): weight decay beside the gradient, not in it."""
+    """AdamW (Loshchilov and Hutter 2019): Adam with weight decay applied to the weights, not added to the gradient."""
     return torch.optim.AdamW(param_groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=fused)

@@ -7,11 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LARGE = 96  # pixels a side from which on the published stem, which divides by four, leaves enough to look at
+LARGE = 96  # side in pixels from which on enough detail is left after the published stem, which divides it by four
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions, to which a shortcut is added; it is a 1x1 convolution where the shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of blocks, a global average, a linear classifier; [b, C, H, W] to [b, K]."""
+    """Four stages of blocks, a global average and a linear classifier; maps [b, C, H, W] to [b, K]."""
 
     def __init__(
         self, num_classes: int, in_channels: int, blocks: tuple[int, ...], zero_last_norm: bool, large_stem: bool
@@ -57,7 +57,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.norm2.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Images [b, C, H, W] to logits [b, K]."""
         logits: Tensor = self.classify(self.stages(self.stem(images)).mean((2, 3)))
         return logits
 
@@ -70,11 +70,12 @@ def resnet18(
     stem: Literal["auto", "small", "large"] = "auto",
     zero_last_norm: bool = False,
 ) -> nn.Module:
-    """ResNet-18; for 10 classes of RGB images 11,173,962 parameters with the small stem, 11,181,642 with the large one.
+    """ResNet-18. For 10 classes of RGB images it has 11,173,962 parameters, or 11,181,642 with the large stem.
 
-    stem: small is one 3x3 convolution, as for CIFAR; large is the published 7x7 of stride 2 and a max-pool, a sixteenth
-    of the arithmetic; auto: large from 96 pixels a side on. zero_last_norm: each block begins as its shortcut (Goyal et
-    al. 2017, section 5.1).
+    stem: `small` is one 3x3 convolution, as is usual for CIFAR; `large` is the published 7x7 convolution of stride 2
+    with a max-pool, after which the network costs a sixteenth of the arithmetic; `auto` is large for images of 96
+    pixels a side and more. zero_last_norm: the last norm of each block starts at zero, so that the block starts as its
+    shortcut (Goyal et al. 2017, section 5.1).
     """
     large = stem == "large" or (stem == "auto" and image_size >= LARGE)
     return ResNet(num_classes, in_channels, (2, 2, 2, 2), zero_last_norm, large)
