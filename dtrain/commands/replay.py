@@ -21,8 +21,9 @@ from torch import Tensor
 from dtrain import runtime
 from dtrain.commands.contact_sheet import Tile, contact_sheet
 from dtrain.config import TrainConfig
+from dtrain.data.batch import Batch
 from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.data.loader import Batch, Loader
+from dtrain.data.loader import Loader
 from dtrain.errors import StorageError, UsageError
 from dtrain.model.learner import Learner, learner_of
 from dtrain.model.network import build_module, wrap

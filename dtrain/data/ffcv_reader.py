@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dtrain.data.batch import Slot
 from dtrain.data.beton import Beton
-from dtrain.data.memory_reader import Slot
 
 POLL_SECONDS = 0.05
 

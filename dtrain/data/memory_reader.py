@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from dtrain.data.batch import Slot
 from dtrain.data.beton import Beton
-
-Slot = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]
 
 
 class MemoryReader:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtrain.config import TrainConfig
-from dtrain.data.loader import Batch
+from dtrain.data.batch import Batch
 from dtrain.keyed import Stream, torch_seed
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import CHECKSUM, IMAGES, SKIPPED, Outcome, sums_of
