@@ -158,6 +158,8 @@ def apply(runtime: Runtime, *, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cuda.matmul.allow_tf32 = True
     if deterministic:
+        # else torch fills the memory of every new batch, which takes longer than its making
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a module's property
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS to be deterministic
     if deterministic != torch.are_deterministic_algorithms_enabled():  # also off: a notebook may train twice
         torch.use_deterministic_algorithms(deterministic)

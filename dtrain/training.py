@@ -19,8 +19,9 @@ from torch import nn
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
+from dtrain.data.augment import asked_of
 from dtrain.data.cache import CONVERSION_SECONDS
-from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.dataset import DataSet, Feed, load_dataset
 from dtrain.errors import DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
@@ -68,8 +69,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
         try:
             machine = _join(config, world, at)
             with runtime.memory_told("while the data set was prepared; it needs a larger machine"):
-                dataset = console.converting(load_dataset(config))
-            world.wait_for_all("prepared", CONVERSION_SECONDS)  # each host may convert for itself, one for longer
+                dataset = _load(config, world, console)
             world.same(str(dataset.facts), f"data set {config.dataset}")
             plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world.size)
             resolved = {**asdict(machine), "world_size": world.size}
@@ -115,6 +115,26 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     return machine
 
 
+def _load(config: TrainConfig, world: World, console: Console) -> DataSet:
+    """The data set, which the first process of each host finds, converts and verifies for all of them. Collective."""
+
+    def load(found: str) -> DataSet:
+        steps = load_dataset(
+            config.dataset,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            conversion=config.conversion(),
+            arch=config.arch,
+            channels=config.channels,
+            val_split=config.val_split,
+            seed=config.seed,
+            found=Path(found) if found else None,
+        )
+        return console.converting(steps)
+
+    return world.first_of_host(load, lambda dataset: str(dataset.folder), "prepared", CONVERSION_SECONDS)
+
+
 class Training:
     """One run, set up, and where it stands. opened: takes what has to be closed."""
 
@@ -138,10 +158,18 @@ class Training:
         self.network = self.learner.network
         self.options = StepOptions.of(config, plan)
         parameters = sum(p.numel() for p in self.network.module.parameters())
-        at = (self.network.dtype, self.network.device)
-        self.loader = dataset.train_loader(config, plan, world.rank, *at)
+        feed = Feed(
+            self.network.dtype,
+            self.network.device,
+            reader=config.loader,
+            mean=config.mean,
+            std=config.std,
+            channels_last=config.channels_last,
+            threads=machine.threads,
+        )
+        self.loader = dataset.train_loader(plan, world.rank, asked_of(config), feed)
         opened.callback(self.loader.close)
-        self.chunks = dataset.chunks(config, world.rank, world.size, *at)
+        self.chunks = dataset.chunks(world.rank, world.size, feed, chunk_size=config.eval_batch_size)
         opened.callback(self.chunks.loader.close)
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.told} reader")
         console.line(f"run directory {shown(recorder.path)}")

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from dtrain.config import Conversion, TrainConfig
+from dtrain.data.augment import Augmentation, asked_of
 from dtrain.data.beton import Beton, Progress, open_beton, verify_beton
 from dtrain.data.cache import prepare
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import whole_file
 from dtrain.plan import make_plan
 from dtrain.run.console import Console
-
-LOOKED_AT = ("flip", "shift", "cutout", "scale", "affine", "jitter", "erase", "mixup", "cutmix")
 
 
 def convert(
@@ -69,13 +68,26 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
     import torch  # not needed by the others
 
     from dtrain.commands.contact_sheet import Tile, contact_sheet
-    from dtrain.data.dataset import load_dataset
+    from dtrain.data.dataset import Feed, load_dataset
 
-    dataset = Console(True).converting(load_dataset(config))
+    dataset = Console(True).converting(
+        load_dataset(
+            config.dataset,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            conversion=config.conversion(),
+            arch=config.arch,
+            channels=config.channels,
+            val_split=config.val_split,
+            seed=config.seed,
+        )
+    )
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=1)
     if not 1 <= step <= plan.total_steps:
         raise UsageError(f"--step {step}: the run has steps 1 to {plan.total_steps}")
-    with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
+    augmentation = asked_of(config)
+    feed = Feed(torch.float32, torch.device("cpu"), config.loader, config.mean, config.std)
+    with dataset.train_loader(plan, 0, augmentation, feed) as loader:
         batch = loader.batch(step - 1)
         pictures = loader.pixels(batch)[:most]
     names = dataset.train.class_names
@@ -84,8 +96,9 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
         for picture, label, index in zip(pictures, batch.labels.numpy(), batch.indices.tolist(), strict=False)
     ]
     title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {plan.epoch_at(step - 1) + 1}"
-    size = f"{len(tiles)} of {plan.batch_size} images, {dataset.image_size} x {dataset.image_size}"
-    sheet = contact_sheet(title, f"{size}; {_augmentation(config)}", tiles)
+    height, width = pictures.shape[1:3]
+    size = f"{len(tiles)} of {len(batch.indices)} images, {height} x {width}"
+    sheet = contact_sheet(title, f"{size}; {_told(augmentation)}", tiles)
     try:
         with whole_file(out) as part:
             sheet.save(part, "PNG")
@@ -102,12 +115,12 @@ def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
     return [f"{names[i]} {100 * label[i]:.0f} %" for i in order if label[i] >= 0.005]
 
 
-def _augmentation(config: TrainConfig) -> str:
-    asked = []
-    for name in LOOKED_AT:
-        value = getattr(config, name)
+def _told(augmentation: Augmentation) -> str:
+    """The augmentations that are asked for, with their values."""
+    told = []
+    for name, value in vars(augmentation).items():
         if value is True:
-            asked.append(name)
+            told.append(name)
         elif value:
-            asked.append(f"{name} {','.join(f'{v:g}' for v in (value if isinstance(value, tuple) else (value,)))}")
-    return ", ".join(asked) or "no augmentation"
+            told.append(f"{name} {','.join(f'{v:g}' for v in (value if isinstance(value, tuple) else (value,)))}")
+    return ", ".join(told) or "no augmentation"

@@ -21,7 +21,18 @@ def dry_run(config: TrainConfig) -> None:
     """Print plan, shapes, parameters, memory and first rates. Converts the data set if it must; trains nothing."""
     at, console = place(), Console(place().is_main)
     machine = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
-    dataset = console.converting(load_dataset(config))
+    dataset = console.converting(
+        load_dataset(
+            config.dataset,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            conversion=config.conversion(),
+            arch=config.arch,
+            channels=config.channels,
+            val_split=config.val_split,
+            seed=config.seed,
+        )
+    )
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=at.size)
     size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from dtrain import runtime
 from dtrain.commands.contact_sheet import Tile, contact_sheet
 from dtrain.config import TrainConfig
+from dtrain.data.augment import asked_of
 from dtrain.data.batch import Batch
-from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.dataset import DataSet, Feed, load_dataset
 from dtrain.data.loader import Loader
 from dtrain.errors import StorageError, UsageError
 from dtrain.model.learner import Learner, learner_of
@@ -97,7 +98,18 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     world_size = _processes_at(run, step) or int(resolved.get("world_size", 1))
     machine = runtime.decide(config, local_rank=0, local_world=1, kept=resolved)
     runtime.apply(machine, deterministic=config.deterministic)
-    dataset = Console(False).converting(load_dataset(config))
+    dataset = Console(False).converting(
+        load_dataset(
+            config.dataset,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            conversion=config.conversion(),
+            arch=config.arch,
+            channels=config.channels,
+            val_split=config.val_split,
+            seed=config.seed,
+        )
+    )
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
     plan = make_plan(config, train_size=len(dataset.train_samples), world_size=world_size)
     if not 0 < step <= plan.total_steps:
@@ -110,7 +122,10 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     options = StepOptions.of(config, plan)
     whole = replace(plan, world_size=1, share=plan.batch_size)
     network = learner.network
-    with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
+    feed = Feed(
+        network.dtype, network.device, config.loader, config.mean, config.std, config.channels_last, machine.threads
+    )
+    with dataset.train_loader(whole, 0, asked_of(config), feed) as loader:
         replayer = Replayer(config, plan, dataset, learner, TrainState(**counts), loader, options)
         while replayer.state.step < step - 1:
             _, buffers = replayer.gradient(loader.batch(replayer.state.step))

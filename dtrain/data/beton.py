@@ -230,10 +230,11 @@ class _Statistics:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_beton(path: Path) -> Beton:
-    """Check a beton's structure and return what it holds; its bytes too, on first use after it changed on disk.
+def open_beton(path: Path, *, verify: bool = True) -> Beton:
+    """Check the structure of a beton and return what it holds.
 
-    Raises DataError with the reason.
+    verify: also hash its bytes, on the first use after the file has changed; False where another process of this host
+    has just done so. Raises DataError with the reason.
     """
     facts = _sidecar(path)
     content = checked(path, AGAIN)
@@ -257,7 +258,8 @@ def open_beton(path: Path) -> Beton:
         told[name] = tuple(told[name])
     told["skipped"] = tuple((name, reason) for name, reason in told["skipped"])
     beton = Beton(path=path, labels=content.labels, pixel_offsets=content.positions, **told)
-    _verify_once(beton)
+    if verify:
+        _verify_once(beton)
     return beton
 
 

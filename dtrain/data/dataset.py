@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,33 @@ import numpy.typing as npt
 import torch
 
 from dtrain import plugins
-from dtrain.config import TrainConfig
+from dtrain.config import Conversion
 from dtrain.data.augment import Augmentation
+from dtrain.data.batch import Batch, Request
 from dtrain.data.beton import Beton, Progress
 from dtrain.data.cache import prepare
-from dtrain.data.loader import Batch, Loader, Request, open_loader
+from dtrain.data.loader import Loader, open_loader
 from dtrain.keyed import stratified
 from dtrain.plan import Plan
+
+
+@dataclass(frozen=True)
+class Feed:
+    """In which form batches reach the network, whatever they are made of.
+
+    dtype, device: of the images. reader: auto, ffcv or memory; see `open_loader`. mean, std: in 0..1, one number or one
+    for each channel; None for those of the training set. channels_last: memory layout of the images. threads: compute
+    threads of this process; the loader's kernel uses them where the network runs on a GPU. On a CPU they belong to the
+    network and the kernel has one. Bytes do not depend on it.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    reader: str = "auto"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels_last: bool = True
+    threads: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +61,11 @@ class DataSet:
     def digest(self) -> str:
         """What two processes must have in common: the SHA-256 of all that shapes numbers in both betons."""
         return f"{self.train.digest} {self.evaluation.digest}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the betons lie: what `load_dataset` takes as `found`."""
+        return self.train.path.parent
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -72,54 +98,60 @@ class DataSet:
             "data": self.digest,
         }
 
-    def train_loader(
-        self, config: TrainConfig, plan: Plan, rank: int, dtype: torch.dtype, device: torch.device
-    ) -> Loader:
-        """Batches of process `rank` by step, augmented. Close it."""
+    def train_loader(self, plan: Plan, rank: int, augmentation: Augmentation, feed: Feed) -> Loader:
+        """The augmented batches of process `rank` by step. Close it after use."""
 
         def request_at(step: int) -> Request | None:
             if step >= plan.total_steps:
                 return None
             return Request(self.train_samples[plan.share_of(step, rank)], plan.epoch_at(step))
 
-        augmentation = Augmentation.of(config)
-        return self._open(config, self.train, request_at, augmentation, plan.share, dtype, device)
+        return self._open(self.train, request_at, feed, augmentation, seed=plan.seed, largest=plan.share)
 
     def chunks(
-        self, config: TrainConfig, rank: int, world_size: int, dtype: torch.dtype, device: torch.device
+        self, rank: int, world_size: int, feed: Feed, *, chunk_size: int, image_size: int | None = None
     ) -> Chunks:
-        """One pass over the evaluation split, cut into the same chunks for every world size. Close its loader."""
-        samples, size = self.evaluation_samples, config.eval_batch_size
+        """One pass over the evaluation split, cut into the same chunks of `chunk_size` images for every world size.
+
+        image_size: side to which whole pictures are shrunk, where the network is evaluated on less than
+        `self.image_size`. Close its loader after use.
+        """
+        samples = self.evaluation_samples
 
         def request_at(turn: int) -> Request | None:
-            first = (turn * world_size + rank) * size
-            return Request(samples[first : first + size], None) if first < len(samples) else None
+            first = (turn * world_size + rank) * chunk_size
+            if first >= len(samples):
+                return None
+            return Request(samples[first : first + chunk_size], None, image_size)
 
-        count = math.ceil(len(samples) / size)
-        loader = self._open(config, self.evaluation, request_at, None, size, dtype, device)
+        count = math.ceil(len(samples) / chunk_size)
+        loader = self._open(self.evaluation, request_at, feed, None, seed=0, largest=chunk_size)
         return Chunks(loader, rounds=math.ceil(count / world_size), mine=len(range(rank, count, world_size)))
 
     def _open(
         self,
-        config: TrainConfig,
         beton: Beton,
         request_at: Callable[[int], Request | None],
+        feed: Feed,
         augmentation: Augmentation | None,
+        *,
+        seed: int,
         largest: int,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> Loader:
         return open_loader(
             beton,
             request_at,
-            kind=config.loader,
+            kind=feed.reader,
             image_size=self.image_size,
             channels=self.channels,
             augmentation=augmentation,
-            mean=config.mean or self.mean,
-            std=config.std or self.std,
-            dtype=dtype,
-            device=device,
+            seed=seed,
+            mean=feed.mean or self.mean,
+            std=feed.std or self.std,
+            dtype=feed.dtype,
+            device=feed.device,
+            channels_last=feed.channels_last,
+            kernel_threads=feed.threads if feed.device.type == "cuda" else 1,
             largest=largest,
         )
 
@@ -141,21 +173,38 @@ class Chunks:
         return self.loader.batch(turn) if turn < self.mine else None
 
 
-def load_dataset(config: TrainConfig) -> Generator[Progress, None, DataSet]:
-    """The data set of `config`, converted first where that is due; yields progress. Raises what `prepare` raises."""
-    betons = yield from prepare(config.dataset, config.data_dir, config.cache_dir, config.conversion())
+def load_dataset(
+    dataset: str,
+    *,
+    data_dir: Path,
+    cache_dir: Path | None,
+    conversion: Conversion,
+    arch: str,
+    channels: str,
+    val_split: float | None,
+    seed: int,
+    found: Path | None = None,
+) -> Generator[Progress, None, DataSet]:
+    """The data set of that name or path, converted first where that is due; yields progress.
+
+    conversion: what the betons have to hold; its image_size is what the network sees. channels: 1, 3, or auto, which is
+    1 where every training image is gray and the architecture `arch` can be built for one channel, else 3. val_split:
+    the fraction of the training set that is evaluated in place of the test set, chosen by `seed`; None for the test
+    set. found: the folder of betons that another process of this host has prepared for the same settings; see
+    `prepare`, whose errors are raised.
+    """
+    betons = yield from prepare(dataset, data_dir, cache_dir, conversion, found=found)
     train, test = betons["train"], betons["test"]
-    seen = (config.image_size or train.image_size, _channels(config, train))
-    if config.val_split is None:
+    seen = (conversion.image_size or train.image_size, _channels(channels, arch, train))
+    if val_split is None:
         return DataSet(*seen, train, np.arange(len(train.labels)), test, np.arange(len(test.labels)), "test")
-    held = stratified(train.labels, config.val_split, config.seed)
+    held = stratified(train.labels, val_split, seed)
     return DataSet(*seen, train, np.flatnonzero(~held), train, np.flatnonzero(held), "val")
 
 
-def _channels(config: TrainConfig, train: Beton) -> int:
-    """One where nothing is lost by it and the architecture can be built for it, unless the user says otherwise."""
-    if config.channels != "auto":
-        return int(config.channels)
+def _channels(asked: str, arch: str, train: Beton) -> int:
+    if asked != "auto":
+        return int(asked)
     gray = train.gray_images == len(train.labels)
-    takes = gray and plugins.accepts(plugins.load(plugins.find("architecture", config.arch)), "in_channels")
+    takes = gray and plugins.accepts(plugins.load(plugins.find("architecture", arch)), "in_channels")
     return 1 if takes else 3

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dtrain.data.augment import Augmentation, Decisions, decide, mixed_labels, undecided
+from dtrain.data.batch import Batch, Reader, Request
 from dtrain.data.beton import LUMA, Beton
 from dtrain.data.memory_reader import MemoryReader
 from dtrain.data.pixels import lookup_table, write_images
@@ -31,29 +31,7 @@ AHEAD = 2  # batches that wait, ready: one to hide the making of the next, one f
 POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Batch:
-    """images: [b, C, H, W] in channels-last memory, float32 or the autocast type, normalised.
-
-    labels: int64 [b], or shares of the K classes, float32 [b, K] with rows of sum 1, where images are mixed.
-    indices: int64 [b]. checksum: int64 [], of the indices and of all that was decided for each image, below b x 2^32;
-    the sum of those of all shares is that of the global batch. copied: on CUDA, what the current stream has to wait
-    for. Fresh memory: it may be kept.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    checksum: Tensor
-    copied: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a step's batch is made of: sample indices, int64 [b], and the epoch of their draws, None for none."""
-
-    indices: npt.NDArray[np.int64]
-    epoch: int | None
+OpenReader = Callable[[Beton, Iterator[npt.NDArray[np.int64]], int], Reader]  # file, sample numbers, largest batch
 
 
 class Loader:
@@ -67,24 +45,26 @@ class Loader:
         beton: Beton,
         request_at: Callable[[int], Request | None],
         *,
-        reader: Any,
+        reader: OpenReader,
         told: str,
         image_size: int,
         channels: int,
         augmentation: Augmentation | None,
+        seed: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         dtype: torch.dtype,
         device: torch.device,
+        channels_last: bool,
         kernel_threads: int,
         largest: int,
     ) -> None:
-        self._reader, self.told = reader, told
+        self._open_reader, self.told = reader, told
         self.wait_seconds = 0.0  # spent in `batch`, waiting for one
-        self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
+        self._beton, self._request_at, self._augmentation, self._seed = beton, request_at, augmentation, seed
         self._size, self._channels, self._mean, self._std = image_size, channels, mean, std
         self._lut = lookup_table(mean, std, str(dtype).removeprefix("torch."))
-        self._dtype, self._device, self._largest = dtype, device, largest
+        self._dtype, self._device, self._channels_last, self._largest = dtype, device, channels_last, largest
         self._pool = ThreadPoolExecutor(kernel_threads, "dtrain-kernel") if kernel_threads > 1 else None
         self._parts = kernel_threads
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch's
@@ -127,6 +107,11 @@ class Loader:
         pixels: npt.NDArray[np.uint8] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         return pixels
 
+    def use_device(self) -> None:
+        """Make this loader's GPU the calling thread's own; else it would open a context of 0.5 GB on the first one."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Make batches from `step` on, in the calling thread, without end or until there is none."""
         wanted: list[Request] = []  # requests the reader has been given and that are not yet made
@@ -140,11 +125,16 @@ class Loader:
                     raise DataError(f"{self._beton.path}: {len(request.indices)} samples in a batch of {self._largest}")
                 if len(request.indices) and not 0 <= request.indices.min() <= request.indices.max() < count:
                     raise DataError(f"{self._beton.path}: a sample outside of its {count} was asked for")
+                if request.image_size is not None and not 1 <= request.image_size <= self._size:
+                    raise UsageError(
+                        f"--image-size {request.image_size}: images of {self._size} pixels can be shrunk to a size in "
+                        f"1..{self._size}; give one of these"
+                    )
                 wanted.append(request)
                 yield request.indices
                 at += 1
 
-        reader = self._reader(self._beton, indices(), self._largest)
+        reader = self._open_reader(self._beton, indices(), self._largest)
         try:
             for flat, offsets in reader:
                 yield self._make(flat, offsets, wanted.pop(0))
@@ -152,23 +142,23 @@ class Loader:
             reader.close()
 
     def _make(self, flat: npt.NDArray[np.uint8], offsets: npt.NDArray[np.uint64], request: Request) -> Batch:
-        size, channels, count = self._size, self._channels, len(request.indices)
+        size, small, count = self._size, request.image_size or self._size, len(request.indices)
         side, depth = self._beton.image_size, self._beton.channels
         if self._augmentation is not None and request.epoch is not None:
-            decisions = decide(self._augmentation, request.epoch, request.indices, size, side)
+            decisions = decide(self._augmentation, self._seed, request.epoch, request.indices, size, side)
         else:
             decisions = undecided(count, size, side)
         pin = self._copies is not None
         # short types are written as their bits, which the kernel's table holds
         carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
-        images_NHWC = torch.empty((count, size, size, channels), dtype=carrier, pin_memory=pin)
+        images_NHWC = torch.empty((count, small, small, self._channels), dtype=carrier, pin_memory=pin)
         out = images_NHWC.numpy()
 
         def part(number: int) -> None:
             # cut between pairs, so that partners stay together
             first, end = (at * count // self._parts // 2 * 2 for at in (number, number + 1))
             cut = slice(first, end if number + 1 < self._parts else count)
-            write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut])
+            write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut], size=size)
 
         if self._pool is None:
             part(0)
@@ -180,21 +170,24 @@ class Loader:
         decided = key(0, Stream.CHECKSUM, request.epoch or 0, request.indices, *decisions.columns())
         checksum = torch.tensor(int((decided >> np.uint64(32)).sum()))
         if self._copies is None:
-            return Batch(images, labels, indices, checksum)
+            return Batch(self._laid_out(images), labels, indices, checksum)
         with torch.cuda.stream(self._copies):
             return Batch(
-                images.to(self._device, non_blocking=True),
+                self._laid_out(images.to(self._device, non_blocking=True)),
                 labels.pin_memory().to(self._device, non_blocking=True),
                 indices,
                 checksum.pin_memory().to(self._device, non_blocking=True),
                 self._copies.record_event(),  # last: arguments are evaluated in order
             )
 
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images if self._channels_last else images.contiguous()
+
     def _labels(self, indices: npt.NDArray[np.int64], decisions: Decisions) -> npt.NDArray[Any]:
         labels = self._beton.labels[indices]
-        if decisions.mixtures is None:
+        if (mixtures := decisions.tables.get("mix")) is None:
             return labels
-        return mixed_labels(labels, decisions.mixtures, len(self._beton.class_names))
+        return mixed_labels(labels, mixtures, len(self._beton.class_names))
 
     def _stop(self) -> None:
         if self._ahead is not None:
@@ -227,6 +220,7 @@ class _Ahead:
     def _run(self, loader: Loader, step: int) -> None:
         batches = loader.batches_from(step)
         try:
+            loader.use_device()
             for batch in batches:
                 if not self._put(batch):
                     return
@@ -258,7 +252,7 @@ class _Ahead:
         self._thread.join()
 
 
-def _chosen(kind: str) -> tuple[Any, str]:
+def _chosen(kind: str) -> tuple[OpenReader, str]:
     """The class of the reader that auto, ffcv or memory comes to, and its name for people. Imports FFCV to know."""
     if kind == "memory" or (kind == "auto" and importlib.util.find_spec("ffcv") is None):
         return MemoryReader, "memory"
@@ -286,6 +280,8 @@ def open_loader(
     dtype: torch.dtype,
     device: torch.device,
     largest: int,
+    seed: int = 0,
+    channels_last: bool = True,
     kernel_threads: int = 1,
 ) -> Loader:
     """A loader of the batches that `request_at(step)` names, out of `beton`; None ends the stream.
@@ -316,10 +312,12 @@ def open_loader(
         image_size=image_size,
         channels=channels,
         augmentation=augmentation,
+        seed=seed,
         mean=_per_channel(mean, channels),
         std=_per_channel(std, channels),
         dtype=dtype,
         device=device,
+        channels_last=channels_last,
         kernel_threads=kernel_threads,
         largest=largest,
     )

@@ -1,9 +1,11 @@
-"""Pixels moved as `augment.py` has decided, by compiled kernels that take no lock of Python's.
+"""Carries out on pixels what `augment.py` has decided, by compiled kernels (numba) that release Python's global lock.
 
-`write_images` is the way in. Crop, shift, flip and cutout alone are one pass from stored bytes to normalised images;
-whatever else is asked goes through bytes in between, a block of images at a time so that they stay in the processor's
-cache. Normalisation is a table of 256 values a channel.
-Legend: n images, H, W, C channels of what comes out; stored images have a side and a depth (channels) of their own.
+`write_images` is the entry point. Crop, shift, flip and cutout alone are one pass from stored bytes to normalised
+images. Everything else goes through bytes in between, in blocks of images that stay in the processor's cache.
+Normalisation is a table of 256 values for each channel.
+
+Legend: n images; H, W, C: height, width and channels of what comes out. Stored pictures are squares with a side and a
+depth (number of channels) of their own.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from dtrain.data.augment import ONE, Decisions
+from dtrain.data.augment import ONE, RECORDS, Decisions, Place
 from dtrain.data.beton import LUMA
 
-HALF = ONE // 2  # added before a shift to the right it rounds
-BLOCK_BYTES = 256 << 10  # of images between two kernels; the usual second-level cache holds it
+HALF = ONE // 2  # added before a shift to the right, it rounds halves up
+BLOCK_BYTES = 256 << 10  # of the images that pass from kernel to kernel; fits the usual second-level cache
 
 
 def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
@@ -46,37 +48,56 @@ def write_images(
     decisions: Decisions,
     lut: npt.NDArray[Any],
     out: npt.NDArray[Any],
+    *,
+    size: int | None = None,
 ) -> None:
-    """Write augmented, normalised images. Touches nothing but `out`; images are independent but for partners.
+    """Write augmented, normalised images. Changes nothing but `out`; images depend on no others but their partners.
 
-    source: flat; offsets: [n], where each image of `side` x `side` x `depth` begins in it; lut: [C, 256] of
-    `lookup_table`; out: [n, H, W, C] of lut's type, overwritten whole. C is `depth`, or 1 out of 3: their luma.
+    source: flat bytes. offsets: [n], where each picture of `side` x `side` x `depth` begins in it. lut: [C, 256], from
+    `lookup_table`. out: [n, H, H, C] of lut's type, overwritten completely; C is `depth`, or 1 out of 3 for the luma.
+    size: the image size for which it was decided; where it is larger than H, whole pictures are shrunk to H. H if left
+    out.
     """
-    d = decisions
-    if d.maps is d.factors is d.mixtures is d.erasures is None:
+    d, (count, small, _, channels) = decisions, out.shape
+    size = size or small
+    if d.maps is None and not d.tables and size == small:
         move_pixels(source, offsets, side, depth, d.moves, d.cutout, lut, out)
         return
-    count, height, width, channels = out.shape
     bytes_as_they_are = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256)).copy()
-    per_block = max(1, BLOCK_BYTES // (height * width * channels) // 2) * 2  # even: partners stay together
-    images = np.empty((min(per_block, count), height, width, channels), dtype=np.uint8)
+    per_block = max(1, BLOCK_BYTES // (size * size * channels) // 2) * 2  # even, so that partners stay together
+    images = np.empty((min(per_block, count), size, size, channels), dtype=np.uint8)
+    shrunk = images if size == small else np.empty((len(images), small, small, channels), dtype=np.uint8)
     for first in range(0, count, per_block):
         block = slice(first, min(first + per_block, count))
-        here, now = d.of(block), images[: block.stop - first]
+        here, now, seen = d.of(block), images[: block.stop - first], shrunk[: block.stop - first]
         if here.maps is None:
             move_pixels(source, offsets[block], side, depth, here.moves, 0, bytes_as_they_are, now)
         else:
             sample_pixels(source, offsets[block], side, depth, here.maps, now)
-        if here.factors is not None:
-            jitter_pixels(here.factors, now)
-        if here.mixtures is not None:
-            mix_pixels(here.mixtures, now)
-        normalise_pixels(now, lut, out[block])
+        for record in RECORDS:
+            if record.place is Place.BYTES and record.name in here.tables:
+                globals()[record.kernel](here.tables[record.name], now)
+        if size != small:
+            shrink_pixels(now, seen)
+        normalise_pixels(seen, lut, out[block])
         if here.cutout:
             square = np.full((len(now), 2), here.cutout, dtype=np.int32)
-            blank_pixels(np.concatenate((here.moves[:, 3:5], square), axis=1), out[block])
-        if here.erasures is not None:
-            blank_pixels(here.erasures, out[block])
+            blank_pixels(shrunk_rectangles(np.concatenate((here.moves[:, 3:5], square), 1), size, small), out[block])
+        for record in RECORDS:
+            if record.place is Place.BLANK and record.name in here.tables:
+                blank_pixels(shrunk_rectangles(here.tables[record.name], size, small), out[block])
+
+
+def shrunk_rectangles(rectangles: npt.NDArray[np.int32], size: int, small: int) -> npt.NDArray[np.int32]:
+    """Rectangles of images of `size` pixels, int32 [n, 4] of top, left, height, width, in the same images at `small`.
+
+    What lies outside of the image is cut off; then the four edges are scaled and rounded, halves up.
+    """
+    if size == small:
+        return rectangles
+    corners, sides = rectangles[:, :2].astype(np.int64), rectangles[:, 2:]
+    begin, end = ((2 * small * np.minimum(edge, size) + size) // (2 * size) for edge in (corners, corners + sides))
+    return np.concatenate((begin, end - begin), axis=1).astype(np.int32)
 
 
 @njit(nogil=True, cache=True)
@@ -240,6 +261,42 @@ def mix_pixels(mixtures: Any, images: Any) -> None:
                     for c in range(channels):
                         first, second = np.int64(a[y, x, c]), np.int64(b[y, x, c])
                         a[y, x, c], b[y, x, c] = _blended(first, second, own), _blended(second, first, own)
+
+
+@njit(nogil=True, cache=True)
+def shrink_pixels(images: Any, out: Any) -> None:
+    """Whole pictures shrunk by area: each pixel of `out` is the mean of the part of the picture that it covers.
+
+    images: uint8 [n, S, S, C]; out: uint8 [n, s, s, C], s <= S <= 4096. In units of 1 / s of a pixel's side, output row
+    y covers [y S, (y + 1) S) and stored row j covers [j s, (j + 1) s); a weight is the length of the overlap, along
+    both axes. Weighted sums are integers, divided by S x S and rounded, halves up.
+    """
+    n, size, _, channels = images.shape
+    small = out.shape[1]
+    rows = np.empty(size * channels, np.int32)  # one row of `out`, before its columns are summed
+    area = np.int64(size) * size
+    half, inverse = area // 2, 1.0 / area
+    begin, end = np.empty(small, np.int64), np.empty(small, np.int64)  # of the stored rows or columns that each covers
+    for y in range(small):
+        begin[y], end[y] = y * size // small, ((y + 1) * size - 1) // small + 1
+    for i in range(n):
+        image = images[i].reshape(size, size * channels)
+        for y in range(small):
+            rows[:] = 0
+            for j in range(begin[y], end[y]):
+                weight = np.int32(min((y + 1) * size, (j + 1) * small) - max(y * size, j * small))
+                line = image[j]
+                for k in range(size * channels):
+                    rows[k] += weight * np.int32(line[k])
+            for x in range(small):
+                for c in range(channels):
+                    total = half
+                    for j in range(begin[x], end[x]):
+                        weight = min((x + 1) * size, (j + 1) * small) - max(x * size, j * small)
+                        total += np.int64(rows[j * channels + c]) * weight
+                    # total // area, exactly: total + 1/2 is at least 1 / (2 area) from the next multiple, which is more
+                    # than what a product in double precision loses below 2^33; several times faster than a division
+                    out[i, y, x, c] = np.uint8(np.int64((total + 0.5) * inverse))
 
 
 @njit(nogil=True, cache=True)
