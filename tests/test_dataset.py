@@ -7,16 +7,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import betons
 import numpy as np
 import pytest
-import torch
-from betons import Pixels, finished, pixels_of
+from betons import Pixels, feed_of, pixels_of
 from pets import FILES, contents, png, write_folder
 from PIL import Image, ImageOps
 from warm import Warm
 
 from dtrain.config import TrainConfig
-from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.dataset import DataSet
 
 TAKES = "allcnn_c"
 SMALL = f"{Path(__file__).with_name('small_network.py')}:small"
@@ -41,15 +41,12 @@ def pets(folder: Path, *, gray_train: int = 4, gray_test: int = 2) -> Path:
 
 
 def loaded(dataset: Any, cache: Path, **settings: Any) -> DataSet:
-    data: DataSet = finished(
-        load_dataset(TrainConfig(**{"arch": TAKES, **settings}, dataset=str(dataset), cache_dir=cache))
-    )  # type: ignore[assignment]
-    return data
+    return betons.loaded(TrainConfig(**{"arch": TAKES, **settings}, dataset=str(dataset), cache_dir=cache))
 
 
 def first_chunk(data: DataSet, **settings: Any) -> Pixels:
     config = TrainConfig(arch=TAKES, loader="memory", **settings)
-    chunks = data.chunks(config, 0, 1, torch.float32, torch.device("cpu"))
+    chunks = data.chunks(0, 1, feed_of(config), chunk_size=500)
     with chunks.loader:
         batch = chunks.batch(0)
     assert batch is not None

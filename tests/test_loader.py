@@ -16,24 +16,25 @@ import numba
 import numpy as np
 import pytest
 import torch
-from betons import Pixels, converted, finished, pixels_of, source_of
+from betons import Pixels, converted, feed_of, loaded, pixels_of, source_of
 from needs import need_ffcv
 from test_pixels import MEAN, STD, reference, written
 from warm import Warm
 
 from dtrain import keyed
 from dtrain.config import TrainConfig
-from dtrain.data.augment import Augmentation, decide, mixed_labels
+from dtrain.data.augment import Augmentation, asked_of, decide, mixed_labels
+from dtrain.data.batch import Batch, Request
 from dtrain.data.beton import Beton
-from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.data.loader import Batch, Loader, Request, open_loader
+from dtrain.data.dataset import DataSet
+from dtrain.data.loader import Loader, open_loader
 from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
 from dtrain.plan import Plan, make_plan
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
 CPU = torch.device("cpu")
-AUGMENTATION = Augmentation(seed=7, flip=True, shift=3, cutout=5)
+AUGMENTATION = Augmentation(flip=True, shift=3, cutout=5)
 
 EVERYTHING: dict[str, Any] = {
     "scale": (0.3, 0.9),
@@ -119,6 +120,7 @@ def opened(
         image_size=size or beton.image_size,
         channels=channels,
         augmentation=augmentation,
+        seed=7,
         mean=MEAN,
         std=STD,
         dtype=dtype,
@@ -150,7 +152,7 @@ def test_batch_k_is_what_numpy_makes_of_the_kth_part_of_the_epochs_order(
         for step in (0, 1, 4, 5, 12):
             epoch, place = divmod(step, COUNT // BATCH)
             wanted = keyed.order(COUNT, 7, epoch)[place * BATCH : (place + 1) * BATCH]
-            table = decide(AUGMENTATION, epoch, wanted, SIZE).moves
+            table = decide(AUGMENTATION, 7, epoch, wanted, SIZE).moves
             images = [reference(pixels[i], row, 5, lut) for i, row in zip(wanted, table.tolist(), strict=True)]
             batch = loader.batch(step)
             assert batch.indices.tolist() == wanted.tolist()
@@ -162,14 +164,13 @@ def test_mixed_batches_are_made_of_partners_and_their_labels_are_shares(
     dataset: DataSet, pixels: Pixels, kind: str
 ) -> None:
     config = config_of(loader=kind, **EVERYTHING)
-    with dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+    with dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
         batch = loader.batch(7)
     indices = batch.indices.numpy()
-    decisions = decide(Augmentation.of(config), 1, indices, SIZE)
+    decisions = decide(asked_of(config), 7, 1, indices, SIZE)
     images = written(pixels[indices], decisions, SIZE, lookup_table(MEAN, STD, "float32"))
     assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.from_numpy(images))
-    assert decisions.mixtures is not None
-    labels = mixed_labels(indices * 7 % 3, decisions.mixtures, 3)
+    labels = mixed_labels(indices * 7 % 3, decisions.tables["mix"], 3)
     assert (batch.labels.dtype, batch.labels.tolist()) == (torch.float32, labels.tolist())
 
 
@@ -205,13 +206,13 @@ def test_a_network_may_see_less_than_is_stored(
     lut = lookup_table(*((weights[0],), (weights[1],)) if channels == 1 else (MEAN, STD), "float32")
     gray = ((pixels.astype(np.int64) @ [19595, 38470, 7471] + 32768) >> 16).astype(np.uint8)[..., None]
     stored = gray if channels == 1 else pixels
-    with seen.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+    with seen.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
         batch = loader.batch(7)
-    table = decide(AUGMENTATION, 1, batch.indices.numpy(), size, SIZE).moves
+    table = decide(AUGMENTATION, 7, 1, batch.indices.numpy(), size, SIZE).moves
     images = [reference(stored[i], row, 5, lut, size) for i, row in zip(batch.indices, table.tolist(), strict=True)]
     wanted = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     torch.testing.assert_close(batch.images, wanted, rtol=1e-5, atol=1e-5)
-    chunks = seen.chunks(config, 0, 1, torch.float32, CPU)
+    chunks = seen.chunks(0, 1, feed_of(config), chunk_size=500)
     with chunks.loader:
         middle = chunks.loader.batch(0).images.permute(0, 2, 3, 1).numpy()
     corner = (SIZE - size) // 2
@@ -257,7 +258,7 @@ def walked_before(beton: Beton, steps: range, augmentation: Augmentation = AUGME
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
 def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: Beton, settings: Any) -> None:
-    augmentation = Augmentation.of(config_of(**settings))
+    augmentation = asked_of(config_of(**settings))
     wanted = walked_before(beton, range(15), augmentation)
     assert len(set(wanted)) == 15
     for kind in KINDS:
@@ -269,7 +270,7 @@ def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
 def test_a_jump_to_any_step_gives_what_walking_there_gives(beton: Beton, kind: str, settings: Any) -> None:
-    augmentation = Augmentation.of(config_of(**settings))
+    augmentation = asked_of(config_of(**settings))
     wanted = walked_before(beton, range(15), augmentation)
     for start in range(15):
         loader = opened(beton, requests(plan_of(config_of())), kind, augmentation=augmentation)
@@ -289,9 +290,9 @@ def test_the_shares_of_all_processes_are_the_batch_of_one(
     dataset: DataSet, kind: str, world: int, settings: Any
 ) -> None:
     config = config_of(loader=kind, **settings)
-    whole = dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU)
+    whole = dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config))
     plan = plan_of(config, world)
-    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(world)]
+    shares = [dataset.train_loader(plan, rank, asked_of(config), feed_of(config)) for rank in range(world)]
     for step in (0, 1, 6, 14):
         batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
         assert [len(part.labels) for part in parts] == [BATCH // world] * world
@@ -308,7 +309,7 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
     def checksum(config: TrainConfig, step: int, world: int = 1) -> int:
         total = 0
         for rank in range(world):
-            with dataset.train_loader(config, plan_of(config, world), rank, torch.float32, CPU) as loader:
+            with dataset.train_loader(plan_of(config, world), rank, asked_of(config), feed_of(config)) as loader:
                 batch = loader.batch(step)
             assert (batch.checksum.dtype, batch.checksum.shape) == (torch.int64, ())
             total += int(batch.checksum)
@@ -320,21 +321,21 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
         rows = [[1, int(index), *np.concatenate(row).tolist()] for index, *row in zip(indices, *tables, strict=True)]
         return sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
 
-    wanted = by_hand(decide(AUGMENTATION, 1, indices, SIZE).moves)
+    wanted = by_hand(decide(AUGMENTATION, 7, 1, indices, SIZE).moves)
     assert [checksum(config, 7, world) for world in (1, 2, 4)] == [wanted] * 3
     others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
     others += [replace(config, **{name: value}) for name, value in EVERYTHING.items()]
     assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 11
     everything = config_of(loader="memory", **EVERYTHING)
-    d = decide(Augmentation.of(everything), 1, indices, SIZE)
-    wanted = by_hand(d.moves, d.maps, d.factors, d.mixtures, d.erasures)
+    d = decide(asked_of(everything), 7, 1, indices, SIZE)
+    wanted = by_hand(d.moves, d.maps, d.tables["jitter"], d.tables["mix"], d.tables["erase"])
     assert [checksum(everything, 7, world) for world in (1, 2, 5)] == [wanted] * 3
 
 
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:
     config = config_of(loader=kind)
     seen = []
-    with dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+    with dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
         for epoch in range(3):
             steps = range(epoch * 5, epoch * 5 + 5)
             seen.append([index for step in steps for index in loader.batch(step).indices.tolist()])
@@ -349,7 +350,7 @@ def test_a_loader_of_a_part_of_the_samples_reads_only_these(dataset: DataSet, ki
     part = replace(dataset, train_samples=np.arange(0, COUNT, 2))
     config = config_of(loader=kind, epochs=2)
     plan = make_plan(config, train_size=52, world_size=1)
-    with part.train_loader(config, plan, 0, torch.float32, CPU) as loader:
+    with part.train_loader(plan, 0, asked_of(config), feed_of(config)) as loader:
         seen = [index for step in range(2) for index in loader.batch(step).indices.tolist()]
     assert len(set(seen)) == 40
     assert all(index % 2 == 0 for index in seen)
@@ -507,12 +508,12 @@ def test_ffcv_leaves_threads_environment_and_numpys_generator_as_they_were(beton
 def test_an_evaluation_reads_each_sample_once_in_the_same_chunks_for_every_world(
     dataset: DataSet, kind: str, size: int
 ) -> None:
-    config = config_of(loader=kind, eval_batch_size=size)
+    config = config_of(loader=kind)
     wanted = [list(range(first, min(first + size, COUNT))) for first in range(0, COUNT, size)]
     for world in (1, 2, 3):
         chunks: dict[int, list[int]] = {}
         for rank in range(world):
-            mine = dataset.chunks(config, rank, world, torch.float32, CPU)
+            mine = dataset.chunks(rank, world, feed_of(config), chunk_size=size)
             assert mine.rounds == -(-len(wanted) // world)
             for turn in range(mine.rounds):
                 batch = mine.batch(turn)
@@ -523,12 +524,8 @@ def test_an_evaluation_reads_each_sample_once_in_the_same_chunks_for_every_world
 
 
 def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_twice(tmp_path: Path) -> None:
-    sets = [
-        finished(
-            load_dataset(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path, val_split=0.1, seed=seed))
-        )
-        for seed in (0, 0, 1)
-    ]
+    given = {"arch": "allcnn_c", "dataset": "digits", "cache_dir": tmp_path, "val_split": 0.1}
+    sets = [loaded(TrainConfig(**given, seed=seed)) for seed in (0, 0, 1)]  # type: ignore[arg-type]
     held, again, other = (data.evaluation_samples.tolist() for data in sets)
     assert held == again != other
     data = sets[0]
@@ -541,7 +538,7 @@ def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_tw
 
 
 def test_without_a_validation_split_the_test_set_is_evaluated(tmp_path: Path) -> None:
-    data = finished(load_dataset(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path)))
+    data = loaded(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path))
     assert (len(data.train_samples), len(data.evaluation_samples), data.evaluation_split) == (1437, 360, "test")
     assert data.evaluation.sha256 != data.train.sha256
 
@@ -555,7 +552,7 @@ def test_images_are_normalised_by_the_training_set_unless_told_otherwise(
     if given is not None:
         settings = {"mean": given[:1], "std": given[1:]}
         mean, std = np.full(3, given[0]), np.full(3, given[1])
-    chunks = dataset.chunks(config_of(loader="memory", **settings), 0, 1, torch.float32, CPU)
+    chunks = dataset.chunks(0, 1, feed_of(config_of(loader="memory", **settings)), chunk_size=500)
     batch = chunks.batch(0)
     chunks.loader.close()
     assert batch is not None
