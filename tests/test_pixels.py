@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from dtrain.data.augment import ONE, Augmentation, Decisions, decide, undecided
-from dtrain.data.pixels import jitter_pixels, lookup_table, mix_pixels, move_pixels, sample_pixels, write_images
+from dtrain.data.pixels import (
+    jitter_pixels,
+    lookup_table,
+    mix_pixels,
+    move_pixels,
+    sample_pixels,
+    shrink_pixels,
+    shrunk_rectangles,
+    write_images,
+)
 from dtrain.keyed import Stream, key
 
 Pixels = npt.NDArray[np.uint8]
@@ -295,6 +304,86 @@ def test_partners_are_blended_and_exchange_rectangles_as_worked_out_by_hand() ->
     assert mixed(0, 0, 0, 2, 2) == [second, first]
 
 
+# -- shrinking ---------------------------------------------------------------------------------------------------------
+
+
+def shrunk_by_hand(image: Pixels, small: int) -> Pixels:
+    """Each pixel that comes out is the exact mean of the square that it covers, in fractions; halves are rounded up."""
+    side, _, depth = image.shape
+    step = Fraction(side, small)
+
+    def overlaps(at: int) -> list[tuple[int, Fraction]]:
+        low, high = at * step, (at + 1) * step
+        lengths = ((j, min(high, Fraction(j + 1)) - max(low, Fraction(j))) for j in range(side))
+        return [(j, length) for j, length in lengths if length > 0]
+
+    out = np.zeros((small, small, depth), np.uint8)
+    for y in range(small):
+        for x in range(small):
+            for c in range(depth):
+                total = sum(a * b * int(image[j, i, c]) for j, a in overlaps(y) for i, b in overlaps(x))
+                out[y, x, c] = floor(total / step**2 + Fraction(1, 2))
+    return out
+
+
+def shrunk(images: Pixels, small: int) -> Pixels:
+    count, _, _, depth = images.shape
+    guarded = np.full((count + 2, small, small, depth), 7, np.uint8)
+    shrink_pixels(images, guarded[1:-1])
+    assert (guarded[0] == 7).all()
+    assert (guarded[-1] == 7).all()
+    return guarded[1:-1]
+
+
+GOLDEN = {16: "564532a8244db1fa", 24: "3f8bcd4a4941ae84", 28: "e49eb7d76163397d"}
+SIZES = [(32, 24), (32, 28), (32, 16), (17, 5), (9, 8), (7, 1), (6, 6)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("size", "small"), SIZES)
+def test_a_shrunken_pixel_is_the_mean_of_the_area_that_it_covers(size: int, small: int, channels: int) -> None:
+    images = images_of(3, size=size, channels=channels)
+    images[2] = images[2] // 128 * 255  # black and white
+    out = shrunk(images, small)
+    for i in range(3):
+        assert np.array_equal(out[i], shrunk_by_hand(images[i], small))
+
+
+def test_pictures_are_shrunk_as_worked_out_by_hand() -> None:
+    square = np.array([[10, 20], [30, 41]], np.uint8).reshape(1, 2, 2, 1)
+    assert shrunk(square, 1).ravel().tolist() == [25]  # 25.25
+    assert shrunk(np.array([[1, 1], [2, 2]], np.uint8).reshape(1, 2, 2, 1), 1).ravel().tolist() == [2]  # 1.5: up
+    # three rows become two, each of one and a half: (2 x 30 + 60) / 3, (60 + 2 x 91) / 3 = 80.67
+    rows = np.array([30, 60, 91], np.uint8).reshape(1, 3, 1, 1).repeat(3, axis=2)
+    assert shrunk(rows, 2)[0, :, :, 0].tolist() == [[40, 40], [81, 81]]
+
+
+def test_the_largest_pictures_do_not_overflow() -> None:
+    white = np.full((1, 4096, 4096, 1), 255, np.uint8)
+    assert (shrunk(white, 4095) == 255).all()
+    white[0, ::2] = 0
+    assert (shrunk(white, 1) == 128).all()  # 127.5
+
+
+def test_golden_shrunken_pictures_never_change() -> None:
+    # as shrunk_by_hand has them
+    pictures = (key(0, Stream.SYNTHETIC, np.arange(4 * 32 * 32 * 3)) >> np.uint64(56)).astype(np.uint8)
+    seen = {
+        small: hashlib.sha256(shrunk(pictures.reshape(4, 32, 32, 3), small).tobytes()).hexdigest()[:16]
+        for small in (16, 24, 28)
+    }
+    assert seen == GOLDEN
+
+
+def test_rectangles_shrink_with_their_pictures_edge_by_edge() -> None:
+    # of 10 pixels to 4: edges at 2.5 and 3.75 of 0.4 pixels each; 0.4 x 3 = 1.2, 0.4 x 7 = 2.8; what is outside is lost
+    rectangles = np.array([[3, 0, 4, 10], [1, 1, 0, 5], [0, 5, 1, 9], [0, 0, 99, 99]], np.int32)
+    assert shrunk_rectangles(rectangles, 10, 4).tolist() == [[1, 0, 2, 4], [0, 0, 0, 2], [0, 2, 0, 2], [0, 0, 4, 4]]
+    assert shrunk_rectangles(rectangles, 10, 10).tolist() == rectangles.tolist()
+    # halves up: edges 1 and 3 of 4 pixels are 0.5 and 1.5 of 2
+    assert shrunk_rectangles(np.array([[1, 3, 2, 1]], np.int32), 4, 2).tolist() == [[1, 2, 1, 0]]
+
+
 # -- all together ------------------------------------------------------------------------------------------------------
 
 
@@ -356,11 +445,14 @@ def picture_by_hand(images: Pixels, d: Decisions, size: int, channels: int) -> n
     return out
 
 
-def written(images: Pixels, d: Decisions, size: int, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def written(
+    images: Pixels, d: Decisions, size: int, lut: npt.NDArray[Any], small: int | None = None
+) -> npt.NDArray[Any]:
     count, side, _, depth = images.shape
-    out = np.full((count, size, size, len(lut)), 7, lut.dtype)
+    small = small or size
+    out = np.full((count, small, small, len(lut)), 7, lut.dtype)
     offsets = np.arange(count, dtype=np.uint64) * np.uint64(side * side * depth)
-    write_images(images.reshape(-1), offsets, side, depth, d, lut, out)
+    write_images(images.reshape(-1), offsets, side, depth, d, lut, out, size=size)
     return out
 
 
@@ -385,6 +477,32 @@ def test_images_are_what_one_step_after_the_other_makes_of_them(augmentation: Au
     by_hand = picture_by_hand(images, decisions, size, channels)
     wanted = np.stack([lut[c][by_hand[..., c]] for c in range(channels)], axis=-1)
     assert np.array_equal(written(images, decisions, size, lut), np.where(by_hand < 0, 0, wanted))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "augmentation",
+    [EVERYTHING, Augmentation(flip=True, shift=2, cutout=3), Augmentation(erase=1.0), Augmentation()],
+    ids=["everything", "moves", "erase", "nothing"],
+)
+def test_a_stage_shrinks_what_the_full_size_shows_and_its_rectangles(augmentation: Augmentation, channels: int) -> None:
+    images, size, small = images_of(20, size=10), 8, 5
+    lut = lookup_table(MEAN[:channels], STD[:channels], "float32")
+    decisions = decide(augmentation, 9, 3, np.arange(100, 120), size, 10)
+    bare = Decisions(decisions.moves, 0, decisions.maps, {n: t for n, t in decisions.tables.items() if n != "erase"})
+    out = written(images, decisions, size, lut, small)
+    for i, whole in enumerate(picture_by_hand(images, bare, size, channels)):
+        picture = shrunk_by_hand(whole.astype(np.uint8), small)
+        wanted = np.stack([lut[c][picture[..., c]] for c in range(channels)], axis=-1)
+        rectangles = [[*decisions.moves[i, 3:].tolist(), augmentation.cutout, augmentation.cutout]]
+        rectangles += [decisions.tables["erase"][i].tolist()] if "erase" in decisions.tables else []
+        for top, left, height, width in rectangles:
+            rows, columns = ((at, at + length) for at, length in ((top, height), (left, width)))
+            (first, last), (begin, end) = (
+                [floor(Fraction(edge * small, size) + Fraction(1, 2)) for edge in edges] for edges in (rows, columns)
+            )
+            wanted[first:last, begin:end] = 0
+        assert np.array_equal(out[i], wanted)
 
 
 def test_golden_pictures_never_change() -> None:
