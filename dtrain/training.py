@@ -407,7 +407,8 @@ class Training:
         """The network, rehearsed: what is wrong with it is told now."""
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
-        noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32)
+        shape, last = (2, channels, size, size), config.channels_last
+        noise = rehearsal.noise(config.seed, shape, torch.float32, channels_last=last)
 
         def build(pixels: int) -> nn.Module:
             return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
@@ -424,7 +425,9 @@ class Training:
         network = wrap(module, config, machine, self.world, moving_buffers=moving)
         if config.compile:  # compiled for one shape: rehearse with the one that trains
             noise = noise.repeat(self.plan.micro_batch // 2 + 1, 1, 1, 1)[: self.plan.micro_batch]
-        images = noise.to(network.device, machine.dtype(), memory_format=torch.channels_last)
+        images = noise.to(
+            network.device, machine.dtype(), memory_format=torch.channels_last if last else torch.contiguous_format
+        )
         rehearsal.rehearse(network, images, config.arch, classes, self.world)
         return network
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from betons import Pixels, converted, feed_of, loaded, pixels_of, source_of
 from needs import need_ffcv
-from test_pixels import MEAN, STD, reference, written
+from test_pixels import MEAN, STD, reference, shrunk_by_hand, written
 from warm import Warm
 
 from dtrain import keyed
@@ -112,6 +112,7 @@ def opened(
     largest: int = BATCH,
     size: int | None = None,
     channels: int = 3,
+    channels_last: bool = True,
 ) -> Loader:
     return open_loader(
         beton,
@@ -125,6 +126,7 @@ def opened(
         std=STD,
         dtype=dtype,
         device=CPU,
+        channels_last=channels_last,
         kernel_threads=threads,
         largest=largest,
     )
@@ -376,6 +378,130 @@ def test_a_beton_that_took_the_place_of_another_is_read(tmp_path: Path, kind: st
         with opened(beton, lambda turn: request if turn == 0 else None, kind, largest=4) as loader:
             seen.append(float(loader.batch(0).images[0, 0, 0, 0]) * STD[0] + MEAN[0])
     assert seen == pytest.approx([10 / 255, 20 / 255], abs=1e-6)
+
+
+# -- smaller images in a stage -----------------------------------------------------------------------------------------
+
+
+def staged(plan: Plan, rank: int = 0, world: int = 1) -> Callable[[int], Request | None]:
+    """Each epoch at a size of its own: 16 (all that there is), 12, then 7. Shares may differ by one pair."""
+
+    def request_at(step: int) -> Request | None:
+        if step >= plan.total_steps:
+            return None
+        first, end = (at * (BATCH // 2) // world * 2 for at in (rank, rank + 1))
+        return Request(plan.batch(step)[first:end], plan.epoch_at(step), (SIZE, 12, 7)[plan.epoch_at(step)])
+
+    return request_at
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
+def test_a_stage_shrinks_the_pictures_and_leaves_draws_labels_and_checksums_as_they_are(
+    beton: Beton, pixels: Pixels, kind: str, settings: Any
+) -> None:
+    augmentation, plan = asked_of(config_of(**settings)), plan_of(config_of())
+    lut = lookup_table(MEAN, STD, "float32")
+    full = opened(beton, requests(plan), kind, augmentation=augmentation)
+    stages = opened(beton, staged(plan), kind, augmentation=augmentation)
+    with full, stages:
+        for step, size in ((0, SIZE), (4, SIZE), (5, 12), (9, 12), (10, 7), (14, 7)):
+            batch, small = full.batch(step), stages.batch(step)
+            assert tuple(small.images.shape) == (BATCH, 3, size, size)
+            assert small.images.is_contiguous(memory_format=torch.channels_last)
+            indices = batch.indices.numpy()
+            decisions = decide(augmentation, 7, step // 5, indices, SIZE)
+            wanted = written(pixels[indices], decisions, SIZE, lut, size)
+            assert torch.equal(small.images.permute(0, 2, 3, 1), torch.from_numpy(wanted))
+            for one, other in ((batch.labels, small.labels), (batch.indices, small.indices)):
+                assert torch.equal(one, other)
+            assert int(batch.checksum) == int(small.checksum)
+
+
+def test_stages_are_equal_for_both_readers_any_threads_and_after_a_jump(beton: Beton) -> None:
+    plan, augmentation = plan_of(config_of()), asked_of(config_of(**EVERYTHING))
+    wanted = walked(opened(beton, staged(plan), "memory", augmentation=augmentation), range(15))
+    assert len(set(wanted)) == 15
+    for kind in KINDS:
+        loader = opened(beton, staged(plan), needed(kind), threads=2, augmentation=augmentation)
+        assert walked(loader, range(15)) == wanted
+        loader = opened(beton, staged(plan), needed(kind), augmentation=augmentation)
+        assert walked(loader, range(9, 12)) == wanted[9:12]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_a_stage_gives_every_world_the_same_batches(beton: Beton, kind: str, world: int) -> None:
+    plan, augmentation = plan_of(config_of()), asked_of(config_of(**EVERYTHING))
+    whole = opened(beton, staged(plan), kind, augmentation=augmentation)
+    shares = [opened(beton, staged(plan, rank, world), kind, augmentation=augmentation) for rank in range(world)]
+    for step in (4, 5, 12):
+        batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
+        assert max(len(part.indices) for part in parts) - min(len(part.indices) for part in parts) in (0, 2)
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+        assert sum(int(part.checksum) for part in parts) == int(batch.checksum)
+    for loader in (whole, *shares):
+        loader.close()
+
+
+@pytest.mark.parametrize("stored", [SIZE, 11])
+def test_an_evaluation_shrinks_the_whole_middle_of_each_picture(
+    dataset: DataSet, pixels: Pixels, kind: str, stored: int
+) -> None:
+    seen = replace(dataset, image_size=stored)
+    chunks = seen.chunks(0, 1, feed_of(config_of(loader=kind)), chunk_size=50, image_size=8)
+    with chunks.loader:
+        images = chunks.loader.batch(1).images.permute(0, 2, 3, 1).numpy()
+    corner = (SIZE - stored) // 2
+    middle = pixels[::-1][50:100, corner : corner + stored, corner : corner + stored]
+    small = np.stack([shrunk_by_hand(picture, 8) for picture in middle])
+    lut = lookup_table(MEAN, STD, "float32")
+    assert np.array_equal(images, np.stack([lut[c][small[..., c]] for c in range(3)], axis=-1))
+
+
+@pytest.mark.parametrize("size", [0, SIZE + 1])
+def test_a_stage_larger_than_the_image_size_is_refused(beton: Beton, kind: str, size: int) -> None:
+    request = Request(np.arange(2), 0, size)
+    with opened(beton, lambda step: request, kind) as loader, pytest.raises(UsageError, match=r"a size in 1\.\.16"):
+        loader.batch(0)
+
+
+# -- memory layout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_channels_last_images_are_contiguous_and_equal_bit_for_bit(
+    beton: Beton, kind: str, dtype: torch.dtype, channels: int
+) -> None:
+    ways = [
+        opened(beton, staged(plan_of(config_of())), kind, dtype=dtype, channels=channels, channels_last=channels_last)
+        for channels_last in (True, False)
+    ]
+    for step in (0, 7):
+        last, first = (loader.batch(step).images for loader in ways)
+        assert first.is_contiguous()
+        assert torch.equal(first.view(len(first), -1), last.reshape(len(last), -1))
+    for loader in ways:
+        loader.close()
+
+
+def test_a_network_that_views_its_input_trains_without_channels_last(ranks: Warm, tmp_path: Path) -> None:
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.linear = nn.Linear(3 * 32 * 32, classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.linear(x.view(x.shape[0], -1))\n"
+        "def net(num_classes):\n"
+        "    return Net(num_classes)\n"
+    )
+    flags = ["--arch", f"{net}:net", "--dataset", "synthetic", "--recipe", "none", "--steps", "2", "--threads", "1"]
+    flags += ["--no-channels-last", "--cache-dir", tmp_path / "cache", "--output", tmp_path / "run"]
+    (result,) = ranks(flags, world=1)
+    assert result.code == 0, result.err
 
 
 # -- threads and errors ----------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def dry_run(config: TrainConfig) -> None:
 
     with smallest_size_told(build, channels, size):
         module = build(size)
-        first_output(module, noise(config.seed, (2, channels, size, size), torch.float32), config.arch, classes)
+        images = noise(config.seed, (2, channels, size, size), torch.float32, channels_last=config.channels_last)
+        first_output(module, images, config.arch, classes)
     optimizer = build_optimizer(config, module)
     parameters = sum(p.numel() for p in module.parameters())
     decayed = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
