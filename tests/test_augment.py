@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,21 @@ import numpy.typing as npt
 import pytest
 
 from dtrain.config import TrainConfig
-from dtrain.data.augment import ONE, QUANTILES, Augmentation, asked_of, beta_quantiles, decide, mixed_labels, undecided
+from dtrain.data import pixels
+from dtrain.data.augment import (
+    ONE,
+    QUANTILES,
+    RECORDS,
+    Augmentation,
+    Draws,
+    Place,
+    Record,
+    asked_of,
+    beta_quantiles,
+    decide,
+    mixed_labels,
+    undecided,
+)
 from dtrain.keyed import Stream, key
 
 EVERYTHING = Augmentation(
@@ -324,6 +340,66 @@ def test_labels_are_shares_that_add_up_to_1() -> None:
     assert labels[2].tolist() == [0, 1 - 2**-16, 0, 2**-16]
     assert labels[4].tolist() == labels[5].tolist() == [0, 0, 1, 0]  # partners of one class
     assert (labels.sum(1) == 1).all()
+
+
+# -- one record each ---------------------------------------------------------------------------------------------------
+
+
+def test_no_stream_is_drawn_from_by_two_augmentations_and_every_setting_belongs_to_one() -> None:
+    streams = [stream for record in RECORDS for stream in record.streams]
+    assert len(streams) == len(set(streams))
+    settings = [name for record in RECORDS for name in record.settings]
+    assert sorted(settings) == sorted(vars(Augmentation()))
+    assert len({record.name for record in RECORDS}) == len(RECORDS)
+
+
+def test_what_is_decided_imports_no_compiler() -> None:
+    code = "import sys, dtrain.data.augment; print('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def mirrored(augmentation: Augmentation, draws: Draws) -> tuple[Any, Any]:
+    """Half of the pictures upside down: the map of Place.AFFINE that leaves x and turns y over."""
+    turned = np.eye(2)[..., None].repeat(len(draws.samples), 2)
+    turned[1, 1] -= 2 * draws.integers(0, 2)
+    return turned, np.zeros((2, len(draws.samples)))
+
+
+def test_an_augmentation_is_added_by_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    upside_down = Record("upside down", ("flip",), (Stream.REHEARSAL,), Place.AFFINE, mirrored)
+    negative = Record("negative", ("flip",), (Stream.SYNTHETIC,), Place.BYTES, lambda a, d: d.integers(0, 2), "negate")
+    decisions = decide(Augmentation(flip=True), 3, 1, np.arange(40), 8)
+    assert (decisions.maps, decisions.tables) == (None, {})
+    for module in ("dtrain.data.augment", "dtrain.data.pixels"):
+        monkeypatch.setattr(f"{module}.RECORDS", (*RECORDS, upside_down, negative))
+    monkeypatch.setattr(
+        pixels, "negate", lambda table, images: images.__setitem__(table == 1, 255 - images[table == 1]), False
+    )
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    decisions, out = decide(Augmentation(flip=True), 3, 1, np.arange(40), 8), np.empty_like(images)
+    offsets, lut = np.arange(40, dtype=np.uint64) * np.uint64(192), np.arange(256, dtype=np.uint8)[None].repeat(3, 0)
+    pixels.write_images(images.reshape(-1), offsets, 8, 3, decisions, lut, out)
+    for i in range(40):
+        flip, turn, negate = (uniform(2, 3, s, 1, i, 0) for s in (Stream.FLIP, Stream.REHEARSAL, Stream.SYNTHETIC))
+        wanted = images[i][:: -1 if turn else 1, :: -1 if flip else 1]
+        assert np.array_equal(out[i], 255 - wanted if negate else wanted)
+
+
+def test_two_affine_maps_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_first(augmentation: Augmentation, draws: Draws) -> tuple[Any, Any]:
+        return np.array([[0.0, 2.0], [-1.0, 0.5]])[..., None], np.array([[3.0], [1.0]])
+
+    def by_second(augmentation: Augmentation, draws: Draws) -> tuple[Any, Any]:
+        return np.array([[1.0, 0.25], [0.0, -1.0]])[..., None], np.array([[-2.0], [4.0]])
+
+    both = [Record(d.__name__, ("flip",), (Stream.REHEARSAL,), Place.AFFINE, d) for d in (by_first, by_second)]
+    monkeypatch.setattr("dtrain.data.augment.RECORDS", (RECORDS[0], *both))
+    maps = decide(Augmentation(flip=True), 0, 0, np.array([7]), 9).maps
+    assert maps is not None
+    for x, y in ((0, 0), (8, 0), (3, 5)):
+        u, v = x - 4 + 2, y - 4 - 4  # from the middle, less the second one's translation
+        u, v = u + 0.25 * v - 3, -v - 1  # in the picture that the first one gives, less its translation
+        assert placed(maps[0].tolist(), x, y) == pytest.approx((2 * v + 4, -u + 0.5 * v + 4), abs=1e-3)
 
 
 # -- all together ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from dtrain.config import TrainConfig
 from dtrain.data.augment import Augmentation, asked_of, decide, mixed_labels
 from dtrain.data.batch import Batch, Request
 from dtrain.data.beton import Beton
-from dtrain.data.dataset import DataSet
+from dtrain.data.dataset import DataSet, Feed
 from dtrain.data.loader import Loader, open_loader
 from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
@@ -519,6 +519,11 @@ def test_100_abandoned_epochs_leave_no_thread(beton: Beton, kind: str) -> None:
         with opened(beton, requests(plan_of(config_of())), kind, threads=2) as loader:
             loader.batch(start % 15)
     assert set(threading.enumerate()) == before
+
+
+def test_the_kernel_has_the_threads_of_the_process_on_a_gpu_and_one_beside_a_network_on_the_cpu() -> None:
+    cuda, cpu = (Feed(torch.float32, torch.device(kind), threads=6) for kind in ("cuda:1", "cpu"))
+    assert (cuda.kernel_threads, cpu.kernel_threads) == (6, 1)
 
 
 def test_closing_waits_for_a_thread_that_is_at_work(beton: Beton, kind: str) -> None:

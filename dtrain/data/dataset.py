@@ -41,6 +41,11 @@ class Feed:
     channels_last: bool = True
     threads: int = 1
 
+    @property
+    def kernel_threads(self) -> int:
+        """Threads that move pixels."""
+        return self.threads if self.device.type == "cuda" else 1
+
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
@@ -151,7 +156,7 @@ class DataSet:
             dtype=feed.dtype,
             device=feed.device,
             channels_last=feed.channels_last,
-            kernel_threads=feed.threads if feed.device.type == "cuda" else 1,
+            kernel_threads=feed.kernel_threads,
             largest=largest,
         )
 
