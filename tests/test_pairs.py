@@ -137,5 +137,5 @@ def test_without_a_sidecar_classes_are_numbers(pair: Path) -> None:
 
 def test_a_sidecar_that_is_not_ours_is_told(pair: Path) -> None:
     (pair / "train.json").write_text(json.dumps([1]))
-    with pytest.raises(DataError, match=r"train\.json: no class names can be read .*; mend or remove it"):
+    with pytest.raises(DataError, match=r"train\.json: no class names can be read .*; repair or remove it"):
         find_source(str(pair), pair)
