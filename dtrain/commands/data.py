@@ -1,4 +1,4 @@
-"""`dtrain data convert|inspect|verify|show`."""
+"""`dtrain data convert|inspect|verify|show`: convert a data set, look into a beton, check it, draw a training step."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from dtrain.run.console import Console
 def convert(
     dataset: str, data_dir: Path, cache_dir: Path | None, asked: Conversion | None = None
 ) -> Generator[Progress, None, dict[str, Beton]]:
-    """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
+    """The betons of a data set by split, converted if they are not in the cache; yields progress; see `prepare`."""
     return prepare(dataset, data_dir, cache_dir, asked)
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What a beton holds, as plain values. Raises DataError."""
+    """The facts about a beton, as JSON's types, after its structure has been checked. Raises DataError."""
     return _facts(open_beton(path))
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The same after every byte was checked. Raises DataError."""
+    """The facts about a beton after every byte has been checked. Reads the whole file. Raises DataError."""
     return {**_facts(verify_beton(path)), "sound": True}
 
 
@@ -60,12 +60,14 @@ def _facts(beton: Beton) -> dict[str, Any]:
 
 
 def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
-    """Draw at most `most` images of step `step`, from 1 as rows count, to the PNG file `out`, as they are trained on.
+    """Draw images of step `step` of a run to the PNG file `out`, as the network sees them, with their classes.
 
-    They come through the run's own loader, out of the global batch, and are taken back to pixels. Returns what was
-    drawn. Converts the data set if it must. Raises UsageError for a step that the run does not have, StorageError.
+    step: counted from 1, as in the rows of metrics.jsonl. most: how many images are drawn, the first ones of the global
+    batch. They come from the run's own loader, and their normalisation is undone. Returns a line that says what was
+    drawn. Converts the data set first where that is due. Raises UsageError for a step that the run does not have,
+    StorageError if the file cannot be written.
     """
-    import torch  # not needed by the others
+    import torch  # here, since the other verbs do without it
 
     from dtrain.commands.contact_sheet import Tile, contact_sheet
     from dtrain.data.dataset import Feed, load_dataset
@@ -108,7 +110,7 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
 
 
 def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
-    """The class, or both with their shares, the heavier one first."""
+    """The class of an image; of a mixed image both classes with their shares, the larger first."""
     if label.ndim == 0:
         return [names[int(label)]]
     order = np.argsort(-label, kind="stable")[:2]

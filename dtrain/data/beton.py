@@ -45,6 +45,7 @@ LUMA = (19595, 38470, 7471)
 Block = list[Pixels | BadPicture]
 STORED = {"raw": RAW, "jpeg": JPEG}
 AGAIN = "remove the folder and convert the data set again"
+CHANGED = "leave the source as it is while it is converted, and run the command again"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def write_beton(
             pages = _Pages(file, BEGIN + records.nbytes, size * size * 3)
             for block in blocks:
                 if done + len(block) > len(listed):
-                    raise DataError(f"{where}: {len(listed)} images were listed, {done + len(block)} came")
+                    raise DataError(f"{where}: {len(listed)} images were listed, {done + len(block)} came; {CHANGED}")
                 for number, pixels in enumerate(block, done):
                     if isinstance(pixels, BadPicture):
                         skipped.append((pixels.name, pixels.reason))
@@ -128,7 +129,7 @@ def write_beton(
                 done += len(block)
                 yield Progress(split_name, done, len(listed))
             if done != len(listed):
-                raise DataError(f"{where}: {len(listed)} images were listed, {done} came")
+                raise DataError(f"{where}: {len(listed)} images were listed, {done} came; {CHANGED}")
             records, table = records[:kept], table[:kept]
             _check_classes(source, split_name, listed, records["label"])
             end = pages.finish()

@@ -72,13 +72,13 @@ def prepare(
         paths = _paths(folder)
         lock = Lock(folder / "lock")
         deadline = time.monotonic() + timeout_seconds
-        # a beton appears under its name only when it is complete: if both are there, no lock is needed; if one seems to be
-        # missing, only the holder of the lock can be sure of it
+        # a beton appears under its name only when it is complete: if both are there, no lock is needed; if one seems to
+        # be missing, only the holder of the lock can be sure of it
         while not all(path.exists() for path in paths.values()) and not lock.acquire():
             if time.monotonic() > deadline:
                 raise ProcessError(
-                    f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s; wait for its end and "
-                    "run the same command again, or end that process"
+                    f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s; wait for its end "
+                    "and run the same command again, or end that process"
                 )
             time.sleep(0.05)
     except OSError as error:
@@ -96,7 +96,7 @@ def _paths(folder: Path) -> dict[str, Path]:
 
 
 def _digest(source_digest: str, asked: Conversion) -> str:
-    """The digest of all that determines the bytes of a conversion; the size of what is cut out later is no part of it."""
+    """The digest of all that determines the bytes of a conversion. The size of what is cut out later does not."""
     stored = replace(asked, image_size=asked.stored_size, store_size=None)
     return hashlib.sha256(canonical_json({"format": FORMAT, "source": source_digest, **asdict(stored)})).hexdigest()
 

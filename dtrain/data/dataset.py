@@ -1,4 +1,4 @@
-"""What a run trains on and is evaluated on: two betons, which of their samples, and a loader for each."""
+"""The data set of a run: two betons, which of their samples are trained on or evaluated, and loaders of batches."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ class Feed:
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Where a run's images come from. *_samples: indices into the beton beside, int64 [n], in ascending order.
+    """The images of a run.
 
-    image_size, channels: of what the network sees, which may be less than what the betons hold.
+    image_size, channels: of the images that the network sees, at its largest stage; the betons may hold more. train,
+    train_samples: the training set, and which samples of the beton belong to it; likewise for the evaluation. Samples
+    are int64 [n] in ascending order.
     """
 
     image_size: int
@@ -64,7 +66,7 @@ class DataSet:
 
     @property
     def digest(self) -> str:
-        """What two processes must have in common: the SHA-256 of all that shapes numbers in both betons."""
+        """The digests of both betons; processes with equal digests have equal images and labels."""
         return f"{self.train.digest} {self.evaluation.digest}"
 
     @property
@@ -74,17 +76,17 @@ class DataSet:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of the training set, in 0..1, a number for each channel that the network sees."""
+        """The mean of the training set in 0..1, one number for each channel that the network sees."""
         return self.train.mean if self.channels == 3 else (self.train.gray_mean,)
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Likewise, the standard deviation."""
+        """The standard deviation of the training set in 0..1, one number for each channel that the network sees."""
         return self.train.std if self.channels == 3 else (self.train.gray_std,)
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each split that lacks pictures since they could not be decoded."""
+        """For the user, a line for each split from which pictures were left out because they cannot be decoded."""
         splits = {"train": self.train} | ({"test": self.evaluation} if self.evaluation_split == "test" else {})
         return [
             f"left out of {name}, since they cannot be decoded: {len(beton.skipped)}; `dtrain data inspect` lists them"
@@ -94,7 +96,7 @@ class DataSet:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON's types: what a resume must find again, and `load_network` needs."""
+        """What a checkpoint records of the data set, in JSON's types: a resume compares it, `load_network` reads it."""
         return {
             "class_names": list(self.train.class_names),
             "channels": self.channels,
@@ -163,10 +165,11 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A process's part of an evaluation: of the chunks of a split, process r of W takes r, r + W, ...
+    """The part of an evaluation that one process computes: of the chunks of the split, process r of W takes number r,
+    r + W, r + 2W and so on.
 
-    Other chunk sizes give other roundings and can flip a tie, so the chunks do not depend on W. rounds: the most
-    chunks that any process has; mine: how many this one has.
+    The chunks do not depend on W, since other sizes would round otherwise, which can change a count. rounds: the
+    largest number of chunks that a process has. mine: how many this one has.
     """
 
     loader: Loader
@@ -174,7 +177,7 @@ class Chunks:
     mine: int
 
     def batch(self, turn: int) -> Batch | None:
-        """The chunk of this round, None where this process has none left."""
+        """The chunk of round `turn`, or None if this process has none left."""
         return self.loader.batch(turn) if turn < self.mine else None
 
 

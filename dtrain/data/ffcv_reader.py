@@ -40,7 +40,7 @@ def _threads_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_typed_dict() -> Iterator[None]:
-    """Give FFCV a plain dict for three constants: at import it would compile a numba dictionary, which takes seconds."""
+    """Give FFCV a plain dict for three constants: at import it would compile a numba dictionary, for seconds."""
     kept, numba.typed.Dict = numba.typed.Dict, dict
     try:
         yield

@@ -1,7 +1,7 @@
-"""Batches: indices of step k -> reader -> augment -> a fresh Batch, made ahead in one thread.
+"""The loader: one thread makes batches ahead of time, each from its indices by a reader and the augmentation.
 
-Batch k does not depend on how it is reached: the thread runs ahead through the steps in order, and a jump closes and
-reopens it. Nothing of a loader needs saving.
+The batch of step k does not depend on how the loader came to it. The thread runs ahead through the steps in order, and
+a jump to another step starts it anew. So a checkpoint needs to hold nothing of a loader.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dtrain.data.pixels import lookup_table, write_images
 from dtrain.errors import DataError, UsageError
 from dtrain.keyed import Stream, key
 
-AHEAD = 2  # batches that wait, ready: one to hide the making of the next, one for a slow one
+AHEAD = 2  # batches that are kept ready: one while the next is being made, one in reserve for when that takes longer
 POLL_SECONDS = 0.05
 
 
@@ -35,9 +35,10 @@ OpenReader = Callable[[Beton, Iterator[npt.NDArray[np.int64]], int], Reader]  # 
 
 
 class Loader:
-    """Batches by step; see `open_loader`. Use it from one thread; close it, or leave its `with` block.
+    """The batches of a run by step; made by `open_loader`, which explains the arguments.
 
-    reader: its class; told: its name for people, with the reason where it is not the one that was wanted.
+    To be used by one thread, and to be closed, or used in a `with` block. told: the reader's name for people, with the
+    reason if it is not the first choice. wait_seconds: how long `batch` has waited for batches so far.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Loader:
         largest: int,
     ) -> None:
         self._open_reader, self.told = reader, told
-        self.wait_seconds = 0.0  # spent in `batch`, waiting for one
+        self.wait_seconds = 0.0
         self._beton, self._request_at, self._augmentation, self._seed = beton, request_at, augmentation, seed
         self._size, self._channels, self._mean, self._std = image_size, channels, mean, std
         self._lut = lookup_table(mean, std, str(dtype).removeprefix("torch."))
@@ -71,10 +72,10 @@ class Loader:
         self._ahead: _Ahead | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`. Steps in order are ready ahead of time; another step starts the reader anew.
+        """The batch of `step`. Consecutive steps are made ahead of time; any other step starts the reader anew.
 
-        Raises IndexError where there is none, and whatever the reader met. On CUDA the copy was queued on a stream of
-        its own and the current stream waits for it; the host does not.
+        Raises IndexError if there is no such step, and any error of the reader. On CUDA the batch is copied to the
+        device on a stream of its own, for which the current stream waits; the host does not wait for the copy.
         """
         started = time.perf_counter()
         if self._ahead is None or self._ahead.next_step != step:
@@ -83,7 +84,7 @@ class Loader:
         made = self._ahead.take()
         self.wait_seconds += time.perf_counter() - started
         if isinstance(made, Batch):
-            if made.copied is not None:  # this batch's own: those of the next ones are queued behind it
+            if made.copied is not None:  # the end of this copy; a wait for the stream would include later copies
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(made.copied)
                 for tensor in (made.images, made.labels, made.checksum):
@@ -95,32 +96,35 @@ class Loader:
         raise made
 
     def start(self, step: int) -> None:
-        """Open the reader, compile, and wait until the batch of `step` (or the error of its making) is ready."""
+        """Open the reader, compile the kernels, and wait until the batch of `step`, or its error, is ready."""
         self._stop()
         self._ahead = _Ahead(self, step)
         self._ahead.wait()
 
     def pixels(self, batch: Batch) -> npt.NDArray[np.uint8]:
-        """The bytes that a batch was normalised from, [b, H, W, C]; what was set to the mean shows it."""
+        """The pixels of a batch before it was normalised, uint8 [b, H, W, C]; blanked rectangles have the mean colour.
+
+        For people to look at. Copies the images to the host.
+        """
         images_NHWC = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
         values = (images_NHWC * np.array(self._std) + np.array(self._mean)) * 255
         pixels: npt.NDArray[np.uint8] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         return pixels
 
     def use_device(self) -> None:
-        """Make this loader's GPU the calling thread's own; else it would open a context of 0.5 GB on the first one."""
+        """Make this loader's GPU the calling thread's current one; else CUDA would use memory (0.5 GB) on GPU 0 too."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
     def batches_from(self, step: int) -> Iterator[Batch]:
-        """Make batches from `step` on, in the calling thread, without end or until there is none."""
-        wanted: list[Request] = []  # requests the reader has been given and that are not yet made
+        """Make the batches from `step` on in the calling thread, until `request_at` returns None."""
+        wanted: list[Request] = []  # those whose indices the reader has taken and whose batches have not been made
         count = len(self._beton.labels)
 
         def indices() -> Iterator[npt.NDArray[np.int64]]:
             at = step
             while (request := self._request_at(at)) is not None:
-                # for both readers: FFCV reads and writes stray memory past its ends, numpy takes -1 for the last
+                # checked here for all readers: FFCV reads or writes outside of its memory, numpy takes -1 for the last
                 if len(request.indices) > self._largest:
                     raise DataError(f"{self._beton.path}: {len(request.indices)} samples in a batch of {self._largest}")
                 if len(request.indices) and not 0 <= request.indices.min() <= request.indices.max() < count:
@@ -149,13 +153,13 @@ class Loader:
         else:
             decisions = undecided(count, size, side)
         pin = self._copies is not None
-        # short types are written as their bits, which the kernel's table holds
+        # the kernel writes the bits of short types, from its table
         carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
         images_NHWC = torch.empty((count, small, small, self._channels), dtype=carrier, pin_memory=pin)
         out = images_NHWC.numpy()
 
         def part(number: int) -> None:
-            # cut between pairs, so that partners stay together
+            # the cuts are between pairs, so that partners stay together
             first, end = (at * count // self._parts // 2 * 2 for at in (number, number + 1))
             cut = slice(first, end if number + 1 < self._parts else count)
             write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut], size=size)
@@ -177,7 +181,7 @@ class Loader:
                 labels.pin_memory().to(self._device, non_blocking=True),
                 indices,
                 checksum.pin_memory().to(self._device, non_blocking=True),
-                self._copies.record_event(),  # last: arguments are evaluated in order
+                self._copies.record_event(),  # the last argument, and so recorded after the copies
             )
 
     def _laid_out(self, images: Tensor) -> Tensor:
@@ -195,7 +199,7 @@ class Loader:
             self._ahead = None
 
     def close(self) -> None:
-        """End every thread."""
+        """End every thread of the loader. May be called more than once."""
         self._stop()
         if self._pool is not None:
             self._pool.shutdown()
@@ -208,7 +212,7 @@ class Loader:
 
 
 class _Ahead:
-    """One thread that makes batches in order and holds AHEAD of them; ends with a batch, None, or an error."""
+    """A thread that makes batches in order and keeps AHEAD of them; after the last it gives None, or else its error."""
 
     def __init__(self, loader: Loader, step: int) -> None:
         self.next_step = step
@@ -228,7 +232,7 @@ class _Ahead:
         except Exception as error:
             self._put(error)
         finally:
-            batches.close()  # type: ignore[attr-defined]  # a generator: gives the reader's thread back
+            batches.close()  # type: ignore[attr-defined]  # a generator; this closes the reader, which ends its thread
 
     def _put(self, item: Batch | Exception | None) -> bool:
         while not self._stopped.is_set():
@@ -253,7 +257,7 @@ class _Ahead:
 
 
 def _chosen(kind: str) -> tuple[OpenReader, str]:
-    """The class of the reader that auto, ffcv or memory comes to, and its name for people. Imports FFCV to know."""
+    """The reader that auto, ffcv or memory means here, and its name for people. Imports FFCV to see if it works."""
     if kind == "memory" or (kind == "auto" and importlib.util.find_spec("ffcv") is None):
         return MemoryReader, "memory"
     try:
@@ -284,14 +288,17 @@ def open_loader(
     channels_last: bool = True,
     kernel_threads: int = 1,
 ) -> Loader:
-    """A loader of the batches that `request_at(step)` names, out of `beton`; None ends the stream.
+    """A loader of the batches that `request_at` asks for by step, made of the images in `beton`.
 
-    kind: auto (ffcv where it can be imported, else memory), ffcv or memory: equal bytes. image_size, channels: of what
-    comes out; of larger stored images a keyed crop where there is augmentation, else the middle; one channel out of
-    three is their luma. augmentation: for requests with an epoch. mean, std: in 0..1, one number, or one for each
-    channel that comes out or is stored. largest: images in the largest request. The first batch compiles the kernel
-    once a machine. Raises UsageError for ffcv where it cannot be imported, for JPEGs without it, and for more pixels
-    than are stored.
+    request_at: returns None past the last step; it is called in the loader's thread. kind: auto (ffcv if it can be
+    imported, else memory), ffcv or memory; all give equal bytes. image_size, channels: of the images that come out. If
+    larger pictures are stored, they are cropped: at a random place under augmentation, else in the middle. One channel
+    out of three is their luma. augmentation, seed: for requests with an epoch. mean, std: in 0..1, one number, or one
+    for each channel that comes out or is stored. dtype, device: of the images. largest: the most images in any request.
+    channels_last: memory layout of the images, else they are contiguous. kernel_threads: threads that move pixels;
+    bytes do not depend on it. The kernels are compiled with the first batch, once for each machine.
+    Raises UsageError for ffcv if it cannot be imported, for a beton of JPEGs without FFCV, and for an image size or
+    number of channels that is not stored.
     """
     reader, told = _chosen(kind)
     if reader is MemoryReader and beton.stored != "raw":
@@ -324,8 +331,11 @@ def open_loader(
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One number for each channel. Gray's are those of the colours as luma weighs them: the mean to the dot, the
-    deviation if the colours vary together, which they do in gray images exactly and in photographs nearly."""
+    """One number for each channel that comes out.
+
+    For gray, the numbers of the three colours are averaged with the weights of the luma. That is exact for the mean,
+    and for the deviation where the three colours vary together: exactly so in gray images, nearly so in photographs.
+    """
     if channels == 1 < len(values):
         return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)) / 65536,)
     return values * channels if len(values) == 1 else values

@@ -24,10 +24,11 @@ BLOCK_BYTES = 256 << 10  # of the images that pass from kernel to kernel; fits t
 
 
 def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
-    """What each byte becomes, [C, 256]: (v / 255 - mean) / std in float32, and that rounded to float16 or bfloat16.
+    """The normalised value of each byte, [C, 256]: (v / 255 - mean) / std in float32, or that rounded to a short type.
 
-    So a batch in a short type is the float32 batch, cast. The short types are carried as the uint16 of their bits:
-    numpy has no bfloat16, which is rounded to nearest even here, and numba's compiler no float16.
+    dtype: float32, float16 or bfloat16. Rounding is to nearest, ties to even, so a batch in a short type equals the
+    float32 batch after a cast. Short types are returned as their bits, in uint16, because numpy has no bfloat16 and
+    numba's compiler has no float16.
     """
     values: npt.NDArray[Any] = (
         (np.arange(256)[None, :] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
@@ -102,20 +103,20 @@ def shrunk_rectangles(rectangles: npt.NDArray[np.int32], size: int, small: int) 
 
 @njit(nogil=True, cache=True)
 def luma(red: Any, green: Any, blue: Any) -> int:
-    """The gray of a colour, rounded; of equal red, green and blue just that value."""
+    """The gray value of a colour, rounded. If red, green and blue are equal, it is the same value."""
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + HALF) >> 16  # type: ignore[no-any-return]  # of Any
 
 
 @njit(nogil=True, cache=True)
-def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one place for the compiler
+def move_pixels(  # noqa: C901 - one loop, so that the compiler sees all of it
     source: Any, offsets: Any, side: int, depth: int, moves: Any, cutout: int, lut: Any, out: Any
 ) -> None:
-    """Crop, shift, gray, flip, normalisation and cutout in one pass; see `write_images`. moves: of Decisions."""
+    """Crop, shift, gray, flip, normalisation and cutout in one pass; see `write_images`, and Decisions for moves."""
     n, height, width, channels = out.shape
     for i in range(n):
         base = np.int64(offsets[i])
         flip, dy, dx = moves[i, 0], np.int64(moves[i, 1]), np.int64(moves[i, 2])
-        # columns of the shifted image that have a source; none where the shift is wider than the image
+        # the columns of the shifted image that are stored; there are none if the shift is wider than the image
         low, high = min(width, max(0, -dx)), max(0, min(width, side - dx))
         for y in range(height):
             row = y + dy
@@ -149,10 +150,10 @@ def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one plac
 
 @njit(nogil=True, cache=True)
 def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, out: Any) -> None:
-    """Bytes from the places that `maps` (of Decisions) names, to the nearest 1/256 of a pixel, as bilinear mixes.
+    """Bytes sampled bilinearly at the places that `maps` gives (see Decisions), rounded to 1/256 of a pixel.
 
-    A place is inside of the image up to half a pixel from the middle of its outermost pixels, which go on to there;
-    beyond it is black. Whole numbers give what `move_pixels` gives.
+    The outermost pixels extend to half a pixel beyond their middle; outside of that everything is black. A map by whole
+    pixels gives the same bytes as `move_pixels`.
     """
     n, height, width, channels = out.shape
     end, last, line = side * 256 - 128, side - 1, side * depth
@@ -174,7 +175,7 @@ def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, o
                 to_right, down = px & 255, py & 255
                 both = to_right * down
                 weights = 65536 - ((to_right + down) << 8) + both, (to_right << 8) - both, (down << 8) - both, both
-                # unsigned: numba looks for places counted from the end otherwise, which halves the speed
+                # unsigned, since for signed indices numba checks for negative ones, which halves the speed
                 places = (
                     np.uint64(upper + left),
                     np.uint64(upper + right),
@@ -203,15 +204,19 @@ def _between(image: Any, places: Any, weights: Any, channel: Any) -> int:
 
 @njit(nogil=True, cache=True)
 def _blended(value: Any, other: Any, share: Any) -> int:
-    """`share` / ONE of a value and the rest of another, rounded and kept to a byte; the share may exceed 1."""
+    """The mixture of `share` / ONE of a value and the rest of another, rounded and clipped to 0..255.
+
+    The share may be larger than ONE.
+    """
     return min(max((value * share + other * (ONE - share) + HALF) >> 16, 0), 255)  # type: ignore[no-any-return]  # of Any
 
 
 @njit(nogil=True, cache=True)
 def jitter_pixels(factors: Any, images: Any) -> None:
-    """Brightness (against black), contrast (against the image's mean luma), saturation (against each pixel's luma).
+    """Change brightness, then contrast, then saturation, in place.
 
-    In place. factors: int32 [n, 3] in units of 1 / ONE; images: uint8 [n, H, W, C]; one channel has no saturation.
+    Each value is mixed with black, then with the mean luma of its image, then with the luma of its pixel. factors:
+    int32 [n, 3] in units of 1 / ONE. images: uint8 [n, H, W, C]; images of one channel have no saturation.
     """
     n, height, width, channels = images.shape
     tone = np.empty(256, np.int64)
@@ -244,7 +249,10 @@ def _luma_of(tone: Any, pixel: Any) -> int:
 
 @njit(nogil=True, cache=True)
 def mix_pixels(mixtures: Any, images: Any) -> None:
-    """Blend partners, or exchange a rectangle between them. In place. mixtures: of Decisions; n is even."""
+    """Blend the images of each pair, or exchange a rectangle between them, in place.
+
+    mixtures: int64 [n, 6], the table of the record "mix". images: uint8 [n, H, W, C] with n even.
+    """
     n, height, width, channels = images.shape
     for i in range(0, n, 2):
         own, top, left = mixtures[i, 1], mixtures[i, 2], mixtures[i, 3]
@@ -301,7 +309,7 @@ def shrink_pixels(images: Any, out: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def normalise_pixels(images: Any, lut: Any, out: Any) -> None:
-    """Bytes [n, H, W, C] through lut [C, 256] into out."""
+    """Write the values that lut [C, 256] gives for the bytes `images` [n, H, W, C] to `out`, of the same shape."""
     n, height, width, channels = images.shape
     for i in range(n):
         for y in range(height):
@@ -312,7 +320,10 @@ def normalise_pixels(images: Any, lut: Any, out: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def blank_pixels(rectangles: Any, out: Any) -> None:
-    """Set a rectangle of each image to the mean, which is 0. rectangles: [n, 4] of top, left, height, width."""
+    """Set a rectangle of each normalised image to the mean, which is 0.
+
+    rectangles: int32 [n, 4] of top, left, height, width in pixels; what lies outside of the image is ignored.
+    """
     n, height, width, channels = out.shape
     for i in range(n):
         top, left, high, wide = rectangles[i, 0], rectangles[i, 1], rectangles[i, 2], rectangles[i, 3]
