@@ -117,8 +117,10 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
 
 def _load(config: TrainConfig, world: World, console: Console) -> DataSet:
     """The data set, which the first process of each host finds, converts and verifies for all of them. Collective."""
+    asked = repr((config.dataset, config.data_dir, config.conversion()))
 
     def load(found: str) -> DataSet:
+        of, _, folder = found.rpartition("\n")  # a process that was given other settings looks for itself
         steps = load_dataset(
             config.dataset,
             data_dir=config.data_dir,
@@ -128,11 +130,11 @@ def _load(config: TrainConfig, world: World, console: Console) -> DataSet:
             channels=config.channels,
             val_split=config.val_split,
             seed=config.seed,
-            found=Path(found) if found else None,
+            found=Path(folder) if of == asked else None,
         )
         return console.converting(steps)
 
-    return world.first_of_host(load, lambda dataset: str(dataset.folder), "prepared", CONVERSION_SECONDS)
+    return world.first_of_host(load, lambda dataset: f"{asked}\n{dataset.folder}", "prepared", CONVERSION_SECONDS)
 
 
 class Training:
