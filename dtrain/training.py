@@ -117,7 +117,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
 
 def _load(config: TrainConfig, world: World, console: Console) -> DataSet:
     """The data set, which the first process of each host finds, converts and verifies for all of them. Collective."""
-    asked = repr((config.dataset, config.data_dir, config.conversion()))
+    asked = repr((config.dataset, config.data_dir, config.cache_dir, config.conversion()))
 
     def load(found: str) -> DataSet:
         of, _, folder = found.rpartition("\n")  # a process that was given other settings looks for itself
