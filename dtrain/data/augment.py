@@ -142,7 +142,7 @@ class Draws:
 class Place(Enum):
     """Where an augmentation stands in the order above, and thus what its decision function returns for n images."""
 
-    MOVE = "one of the whole-pixel moves that `decide` fuses"
+    MOVE = "one of the moves that `decide` and the fast kernel know; a new geometric augmentation is an affine map"
     AFFINE = "an affine map about the middle: inverse matrices [2, 2, n] and translations [2, n], as x, y"
     BYTES = "a table [n, ...] for its kernel, which changes bytes in place: kernel(table, images uint8 [n, S, S, C])"
     BLANK = "rectangles to set to the mean, int32 [n, 4] of top, left, height, width; height 0 for none"
@@ -376,8 +376,8 @@ def _erase(augmentation: Augmentation, whether: Draws, where: Draws) -> Table:
     return np.where(asked[:, None], rectangles, 0).astype(np.int32)
 
 
-# To add an augmentation, add its setting and its record here; a kernel, where it needs one, goes into pixels.py. A new
-# record comes last among those of its place, since the order of the tables is part of every checksum.
+# To add an augmentation, add its setting and its record; a kernel, where it needs one, goes into pixels.py. Records are
+# carried out in this order, and checksums cover their tables in this order: add records, but never reorder them.
 RECORDS = (
     Record("crop", (), (Stream.CROP,), Place.MOVE, _crop),
     Record("scale", ("scale",), (Stream.SCALE,), Place.MOVE, _part),
