@@ -526,6 +526,19 @@ def test_the_kernel_has_the_threads_of_the_process_on_a_gpu_and_one_beside_a_net
     assert (cuda.kernel_threads, cpu.kernel_threads) == (6, 1)
 
 
+def test_deterministic_mode_does_not_fill_the_memory_of_new_batches(ranks: Warm) -> None:
+    assert ranks.call("test_loader:filled_in_deterministic_mode", 1) == [(True, False)]
+
+
+def filled_in_deterministic_mode() -> tuple[bool, bool]:
+    """Whether deterministic mode is on, and whether it fills new memory."""
+    from dtrain.runtime import Runtime, apply
+
+    apply(Runtime("cpu", "gloo", 1, "float32", ()), deterministic=True)
+    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return torch.are_deterministic_algorithms_enabled(), fills
+
+
 def test_closing_waits_for_a_thread_that_is_at_work(beton: Beton, kind: str) -> None:
     def request_at(step: int) -> Request:
         if step > 1:
