@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from dtrain import keyed, schedules
 from dtrain.errors import UsageError
-from dtrain.ranges import Every
+from dtrain.settings.optimization import Optimization
 from dtrain.settings.staged import Staged
+from dtrain.settings.values import Every
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,11 @@ class Plan:
     def image_sizes(self) -> tuple[int, ...]:
         """The sides in pixels of the images that the network sees during the run, each once, in ascending order."""
         return tuple(sorted({stage.image_size for stage in self.stages}))
+
+    @property
+    def evaluation_size(self) -> int:
+        """The side in pixels at which the network is evaluated: that of the last stage."""
+        return self.stages[-1].image_size
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -282,7 +288,7 @@ def _smallest_share(batch_size: int, world_size: int, unit: int) -> int:
     return batch_size // unit // world_size * unit
 
 
-def check_batch(*, batch_size: Staged, grad_accum_steps: int, mixing: Sequence[str], world_size: int) -> None:
+def check_batch(asked: Optimization, *, mixing: Sequence[str], world_size: int) -> None:
     """Raise UsageError for a batch that cannot be shared by `world_size` processes, saying what can.
 
     mixing: the flags that mix images in pairs, such as ("--mixup",); then a batch has to be even, and every process
@@ -290,7 +296,7 @@ def check_batch(*, batch_size: Staged, grad_accum_steps: int, mixing: Sequence[s
     """
     unit, by = 2 if mixing else 1, " and ".join(mixing)
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
-    for batch in batch_size.values:
+    for batch in asked.batch_size.values:
         if batch % unit:
             sizes = f"{batch - 1} or {batch + 1}" if batch > 1 else str(batch + 1)
             raise UsageError(f"--batch-size {batch} does not divide into the pairs of {by}; try {sizes}")
@@ -302,9 +308,9 @@ def check_batch(*, batch_size: Staged, grad_accum_steps: int, mixing: Sequence[s
                 f"give at least {least}, or start at most {batch // unit}"
             )
         smallest = _smallest_share(batch, world_size, unit)
-        if grad_accum_steps > smallest:
+        if asked.grad_accum_steps > smallest:
             raise UsageError(
-                f"--grad-accum-steps {grad_accum_steps}: of --batch-size {batch} over {processes}, one gets only "
+                f"--grad-accum-steps {asked.grad_accum_steps}: of --batch-size {batch} over {processes}, one gets only "
                 f"{smallest} images, too few for so many micro-batches; give at most {smallest}, or a larger batch"
             )
 
@@ -317,33 +323,27 @@ def _check_fits(batch: int, train_size: int, world_size: int, unit: int) -> None
 
 
 def make_plan(
+    asked: Optimization,
     *,
     seed: int,
     train_size: int,
-    world_size: int,
-    batch_size: Staged,
     image_size: Staged,
-    grad_accum_steps: int,
-    mixing: Sequence[str],
-    epochs: float,
-    steps: int | None,
-    warmup_epochs: float,
-    warmup_yields: bool,
-    schedule: str,
-    schedule_opt: dict[str, str],
-    log_interval: int,
-    eval_every: Every,
-    save_every: Every,
+    world_size: int,
+    mixing: Sequence[str] = (),
+    warmup_yields: bool = False,
+    log_interval: int = 50,
+    eval_every: Every = Every(epochs=1),
+    save_every: Every = Every(epochs=1),
 ) -> Plan:
     """The plan of a run on a training set of `train_size` images with `world_size` processes.
 
-    epochs: how long to train, unless `steps` says it in updates. warmup_yields: a warm-up that leaves no step for the
-    schedule is shortened to half of the run, as one from a recipe that was written for a longer run; else it is an
-    error. mixing: as `check_batch` has it.
+    warmup_yields: a warm-up that leaves no step for the schedule is shortened to half of the run, as one from a recipe
+    that was written for a longer run; else it is an error. mixing: as `check_batch` has it.
     Raises UsageError where a batch cannot be shared (`check_batch`) or is larger than the training set, a warm-up
     leaves no step, or an option of the schedule is not one.
     """
-    check_batch(batch_size=batch_size, grad_accum_steps=grad_accum_steps, mixing=mixing, world_size=world_size)
+    check_batch(asked, mixing=mixing, world_size=world_size)
+    batch_size, epochs, steps = asked.batch_size, asked.epochs, asked.steps
     unit = 2 if mixing else 1
     begins = sorted({epoch for staged in (batch_size, image_size) for epoch, _ in staged.changes})
     stages: list[Stage] = []
@@ -352,33 +352,32 @@ def make_plan(
         if first_step >= steps if steps is not None else epoch >= epochs:
             break  # so a batch that the run does not reach need not fit the training set
         _check_fits(batch, train_size, world_size, unit)
-        shares = shares_of(batch, world_size=world_size, grad_accum_steps=grad_accum_steps, unit=unit)
+        shares = shares_of(batch, world_size=world_size, grad_accum_steps=asked.grad_accum_steps, unit=unit)
         first_sample, per_epoch = _samples_before(stages, first_step), train_size // batch
         stages.append(Stage(epoch, first_step, first_sample, batch, image_size.at(epoch), per_epoch, shares))
     total = steps if steps is not None else max(1, _steps_until(stages, epochs))
     stages = [stage for stage in stages if stage.first_step < total]  # a fraction of an epoch may round to no step
-    warmup = _steps_until(stages, warmup_epochs)
+    warmup = _steps_until(stages, asked.warmup_epochs)
     if warmup >= total and warmup_yields:
         warmup = total // 2
     if warmup and warmup >= total:
         raise UsageError(
-            f"--warmup-epochs {warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
+            f"--warmup-epochs {asked.warmup_epochs:g} is {warmup} of {total} steps and leaves none for the schedule; "
             f"give less than {_epochs_done(stages, total):g}"
         )
-    course = schedules.chosen_schedule(
-        schedule, schedule_opt, total=_samples_before(stages, total) - _samples_before(stages, warmup)
-    )
+    scheduled = _samples_before(stages, total) - _samples_before(stages, warmup)
+    course = schedules.chosen_schedule(asked.schedule, asked.schedule_opt, total=scheduled)
     return Plan(
         seed=seed,
         train_size=train_size,
         world_size=world_size,
-        grad_accum_steps=grad_accum_steps,
+        grad_accum_steps=asked.grad_accum_steps,
         unit=unit,
         stages=tuple(stages),
         unreached=tuple((epoch, batch_size.at(epoch), image_size.at(epoch)) for epoch in begins[len(stages) :]),
         total_steps=total,
         warmup_samples=_samples_before(stages, warmup),
-        schedule=schedule,
+        schedule=asked.schedule,
         course=course,
         log_interval=log_interval,
         eval_every=eval_every,

@@ -20,8 +20,9 @@ from torch import nn
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
+from dtrain.data.augment import asked_of
 from dtrain.data.cache import CONVERSION_SECONDS
-from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.dataset import DataSet
 from dtrain.errors import DivergedError, ExitCode, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
@@ -73,8 +74,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
         try:
             machine = _join(config, world, at)
             with runtime.memory_told("while the data set was prepared; it needs a larger machine"):
-                dataset = console.converting(load_dataset(config))
-            world.wait_for_all("prepared", CONVERSION_SECONDS)  # each host may convert for itself, one for longer
+                dataset = _load(config, world, console)
             world.same(str(dataset.facts), f"data set {config.dataset}")
             plan = plan_of(
                 config,
@@ -130,37 +130,6 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     return machine
 
 
-def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size: int) -> Plan:
-    """The plan of a run of `config` on `train_size` images with `world_size` processes.
-
-    image_size: the side in pixels of the data set's images, which counts if `config` asks for no other.
-    Raises what `make_plan` raises.
-    """
-    return make_plan(
-        seed=config.seed,
-        train_size=train_size,
-        world_size=world_size,
-        batch_size=config.batch_size,
-        image_size=config.image_size or Staged.parse(image_size),
-        grad_accum_steps=config.grad_accum_steps,
-        mixing=_mixing(config),
-        epochs=config.epochs,
-        steps=config.steps,
-        warmup_epochs=config.warmup_epochs,
-        # a recipe's warm-up is meant for the recipe's length, so it is shortened where a run is too short for it; that
-        # holds for a run's own config.toml as well, which no longer knows what came from a recipe
-        warmup_yields=config.origin("warmup_epochs") not in ("flag", "default"),
-        schedule=config.schedule,
-        schedule_opt=config.schedule_opt,
-        log_interval=config.log_interval,
-        eval_every=parse_every(config.eval_every, "--eval-every", clock=False),
-        save_every=parse_every(config.checkpoint_every, "--checkpoint-every", clock=True),
-    )
-
-
-def _mixing(config: TrainConfig) -> tuple[str, ...]:
-    """Which of the flags that mix images in pairs are in use."""
-    return tuple(flag_of(name) for name in ("mixup", "cutmix") if getattr(config, name) > 0)
 
 
 class Training:
@@ -186,10 +155,18 @@ class Training:
         self.network = self.learner.network
         self.options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
         parameters = sum(p.numel() for p in self.network.module.parameters())
-        at = (self.network.dtype, self.network.device)
-        self.loader = dataset.train_loader(config, plan, world.rank, *at)
+        feed = Feed(
+            self.network.dtype,
+            self.network.device,
+            reader=config.loader,
+            mean=config.mean,
+            std=config.std,
+            channels_last=config.channels_last,
+            threads=machine.threads,
+        )
+        self.loader = dataset.train_loader(plan, world.rank, asked_of(config), feed)
         opened.callback(self.loader.close)
-        self.chunks = dataset.chunks(config, world.rank, world.size, *at)
+        self.chunks = dataset.chunks(world.rank, world.size, feed, chunk_size=config.eval_batch_size)
         opened.callback(self.chunks.loader.close)
         console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.told} reader")
         console.line(f"run directory {shown(recorder.path)}")
@@ -431,7 +408,8 @@ class Training:
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
         sizes = self.plan.image_sizes
-        noise = rehearsal.noise(config.seed, (2, channels, sizes[-1], sizes[-1]), torch.float32)
+        last = config.machine.channels_last
+        noise = rehearsal.noise(config.seed, (2, channels, sizes[-1], sizes[-1]), torch.float32, channels_last=last)
 
         def build(pixels: int) -> nn.Module:
             return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
@@ -452,8 +430,8 @@ class Training:
         # compiled network is compiled anew for each shape; else two images show what many would, and one what one would
         shapes = self.plan.shapes if config.compile else {(min(count, 2), side) for count, side in self.plan.shapes}
         for count, side in sorted(shapes):
-            images = rehearsal.noise(config.seed, (count, channels, side, side), torch.float32)
-            images = images.to(network.device, machine.dtype(), memory_format=torch.channels_last)
+            images = rehearsal.noise(config.seed, (count, channels, side, side), torch.float32, channels_last=last)
+            images = images.to(network.device, machine.dtype(), memory_format=torch.channels_last if last else torch.contiguous_format)
             rehearsal.rehearse(network, images, config.arch, classes, self.world)
         return network
 

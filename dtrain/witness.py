@@ -67,6 +67,14 @@ class Witness:
         if self._store.check(["error"]) and (told := self.told_by_another()) is not None:
             raise told
 
+    def hand_over(self, name: str, text: str) -> None:
+        """Leave `text` under `name` for the other processes of this host."""
+        self._store.set(f"{name}/{self._neighbours.start}", text)
+
+    def handed_over(self, name: str) -> str:
+        """What the first process of this host has left under `name`; "" for nothing."""
+        return self._read(f"{name}/{self._neighbours.start}")
+
     def let_others_hear(self) -> None:
         """Note that this process knows the error; process 0, which may keep the store, waits two beats for all."""
         deadline, others = time.monotonic() + 2 * BEAT_SECONDS, set(range(1, self.size))

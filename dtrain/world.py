@@ -122,6 +122,21 @@ class World:
         if self._witness is not None:
             self._witness.all_at(point, seconds)
 
+    def first_of_host(self, work: Callable[[str], T], told: Callable[[T], str], point: str, seconds: float) -> T:
+        """`work("")` on the first process of each host; then, with what `told` says of its result, on the others there.
+
+        For what one process a host reads and the others need not read again. Collective; waits like `wait_for_all`.
+        """
+        if self._witness is None:
+            return work("")
+        if self._at.local_rank:
+            self.wait_for_all(point, seconds)
+            return work(self._witness.handed_over(f"found {point}"))
+        result = work("")
+        self._witness.hand_over(f"found {point}", told(result))
+        self.wait_for_all(point, seconds)
+        return result
+
     def join(self, backend: str) -> None:
         """Make the groups for gradients and for agreement, once all have met and none has failed. Collective.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,34 @@ import numpy.typing as npt
 import pytest
 
 from dtrain.config import TrainConfig
-from dtrain.data.augment import ONE, QUANTILES, Augmentation, beta_quantiles, decide, mixed_labels, undecided
+from dtrain.data import pixels
+from dtrain.data.augment import (
+    ONE,
+    QUANTILES,
+    RECORDS,
+    Augmentation,
+    Draws,
+    Place,
+    Record,
+    asked_of,
+    beta_quantiles,
+    decide,
+    mixed_labels,
+    undecided,
+)
 from dtrain.keyed import Stream, key
 
-EVERYTHING = Augmentation(9, True, 1, 2, (0.3, 0.9), (40.0, 0.1, 0.2, 10.0), (0.4, 0.5, 0.6), 0.5, 0.4, 1.0)
+EVERYTHING = Augmentation(
+    flip=True,
+    shift=1,
+    cutout=2,
+    scale=(0.3, 0.9),
+    affine=(40.0, 0.1, 0.2, 10.0),
+    jitter=(0.4, 0.5, 0.6),
+    erase=0.5,
+    mixup=0.4,
+    cutmix=1.0,
+)
 
 
 def moves(*asked: Any) -> npt.NDArray[np.int32]:
@@ -26,9 +51,9 @@ def uniform(n: int, *words: int) -> int:
     return (int(key(*words)) >> 32) * n >> 32  # type: ignore[arg-type]
 
 
-def by_hand(augmentation: Augmentation, epoch: int, sample: int, size: int) -> list[int]:
+def by_hand(augmentation: Augmentation, seed: int, epoch: int, sample: int, size: int) -> list[int]:
     """The decisions for one sample, from the hash alone."""
-    seed, shift, cutout = augmentation.seed, augmentation.shift, augmentation.cutout
+    shift, cutout = augmentation.shift, augmentation.cutout
     row = [uniform(2, seed, Stream.FLIP, epoch, sample, 0) if augmentation.flip else 0]
     for axis in (0, 1):
         row.append(uniform(2 * shift + 1, seed, Stream.SHIFT, epoch, sample, axis) - shift if shift else 0)
@@ -42,35 +67,35 @@ def by_hand(augmentation: Augmentation, epoch: int, sample: int, size: int) -> l
 
 def test_golden_decisions_never_change() -> None:
     # worked out with Python's own integers, from splitmix64 as published
-    table = moves(Augmentation(seed=0, flip=True, shift=4, cutout=8), 0, np.arange(4), 32)
+    table = moves(Augmentation(flip=True, shift=4, cutout=8), 0, 0, np.arange(4), 32)
     assert table.dtype == np.int32
     assert table.tolist() == [[0, -4, -2, 20, 23], [0, 3, -4, 12, 12], [0, -3, -1, 18, 14], [1, -3, 1, 23, 20]]
-    table = moves(Augmentation(seed=17, flip=True, shift=2, cutout=3), 5, np.array([49_999, 0]), 32)
+    table = moves(Augmentation(flip=True, shift=2, cutout=3), 17, 5, np.array([49_999, 0]), 32)
     assert table.tolist() == [[0, 1, 0, 26, 29], [0, 0, 2, 8, 4]]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
 @pytest.mark.parametrize(("flip", "shift", "cutout"), [(True, 4, 8), (True, 0, 0), (False, 2, 0), (False, 0, 12)])
 def test_each_decision_is_the_draw_of_its_own_key(seed: int, flip: bool, shift: int, cutout: int) -> None:
-    augmentation = Augmentation(seed, flip, shift, cutout)
+    augmentation = Augmentation(flip=flip, shift=shift, cutout=cutout)
     indices = np.array([0, 1, 77, 49_999])
     for epoch in (0, 3):
-        wanted = [by_hand(augmentation, epoch, int(index), 32) for index in indices]
-        assert moves(augmentation, epoch, indices, 32).tolist() == wanted
+        wanted = [by_hand(augmentation, seed, epoch, int(index), 32) for index in indices]
+        assert moves(augmentation, seed, epoch, indices, 32).tolist() == wanted
 
 
 def test_a_decision_is_of_the_sample_not_of_its_place_and_differs_between_epochs() -> None:
-    augmentation = Augmentation(0, True, 4, 8)
+    augmentation = Augmentation(flip=True, shift=4, cutout=8)
     indices = np.arange(500)
-    table = moves(augmentation, 2, indices, 32)
+    table = moves(augmentation, 0, 2, indices, 32)
     shuffled = np.random.default_rng(0).permutation(500)
-    assert np.array_equal(moves(augmentation, 2, shuffled, 32), table[shuffled])
-    assert np.array_equal(moves(augmentation, 2, indices[100:110], 32), table[100:110])
-    assert (moves(augmentation, 3, indices, 32) != table).any(axis=1).mean() > 0.99
+    assert np.array_equal(moves(augmentation, 0, 2, shuffled, 32), table[shuffled])
+    assert np.array_equal(moves(augmentation, 0, 2, indices[100:110], 32), table[100:110])
+    assert (moves(augmentation, 0, 3, indices, 32) != table).any(axis=1).mean() > 0.99
 
 
 def test_decisions_cover_their_ranges_evenly() -> None:
-    table = moves(Augmentation(0, True, 2, 30), 0, np.arange(30_000), 32)
+    table = moves(Augmentation(flip=True, shift=2, cutout=30), 0, 0, np.arange(30_000), 32)
     # flips 2 bins, shifts 5, the cutout's corner 3: chi-squared below the value that 999 of 1,000 stay under
     for column, low, bins, limit in (
         (0, 0, 2, 10.8),
@@ -86,7 +111,7 @@ def test_decisions_cover_their_ranges_evenly() -> None:
 
 
 def test_nothing_is_decided_where_nothing_is_asked() -> None:
-    decisions = decide(Augmentation(3), 1, np.arange(100), 32)
+    decisions = decide(Augmentation(), 3, 1, np.arange(100), 32)
     assert len(list(decisions.columns())) == 5
     assert not any(column.any() for column in decisions.columns())
     assert decisions.cutout == 0
@@ -94,16 +119,16 @@ def test_nothing_is_decided_where_nothing_is_asked() -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 5])
 def test_a_crop_is_drawn_where_more_is_stored_and_adds_to_the_shift(room: int) -> None:
-    augmentation = Augmentation(3, True, 2, 3)
-    table = moves(augmentation, 4, np.arange(60), 8, 8 + room)
+    augmentation = Augmentation(flip=True, shift=2, cutout=3)
+    table = moves(augmentation, 3, 4, np.arange(60), 8, 8 + room)
     for i in range(60):
-        row = by_hand(augmentation, 4, i, 8)
+        row = by_hand(augmentation, 3, 4, i, 8)
         crop = [uniform(room + 1, 3, Stream.CROP, 4, i, axis) for axis in (0, 1)] if room else [0, 0]
         assert table[i].tolist() == [row[0], row[1] + crop[0], row[2] + crop[1], *row[3:]]
 
 
 def test_crops_reach_every_place_and_never_the_outside() -> None:
-    corners = moves(Augmentation(0), 0, np.arange(3_000), 8, 10)[:, 1:3]
+    corners = moves(Augmentation(), 0, 0, np.arange(3_000), 8, 10)[:, 1:3]
     assert {tuple(corner) for corner in corners.tolist()} == {(y, x) for y in range(3) for x in range(3)}
 
 
@@ -114,10 +139,10 @@ def test_an_evaluation_takes_the_middle(stored: int, corner: int) -> None:
 
 def test_settings_given_short_are_filled_up() -> None:
     def of(**settings: Any) -> Augmentation:
-        return Augmentation.of(TrainConfig(arch="x", seed=4, **settings))
+        return asked_of(TrainConfig(arch="x", **settings))
 
-    assert of() == Augmentation(4)
-    assert of(flip=True, shift=2, cutout=8) == Augmentation(4, True, 2, 8)
+    assert of() == Augmentation()
+    assert of(flip=True, shift=2, cutout=8) == Augmentation(flip=True, shift=2, cutout=8)
     assert of(scale="0.35").scale == of(scale="0.35,1").scale == (0.35, 1.0)
     assert of(affine=15).affine == (15.0, 0.0, 0.0, 0.0)
     assert of(affine="15,0.1,0.2").affine == (15.0, 0.1, 0.2, 0.0)
@@ -153,7 +178,7 @@ def placed(row: list[int], x: float, y: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("size", "stored"), [(32, 32), (24, 40)])
 def test_a_part_is_stretched_from_corner_to_corner_then_shifted_then_flipped(size: int, stored: int) -> None:
-    maps = decide(Augmentation(5, True, 2, scale=(0.2, 1.0)), 1, np.arange(200), size, stored).maps
+    maps = decide(Augmentation(flip=True, shift=2, scale=(0.2, 1.0)), 5, 1, np.arange(200), size, stored).maps
     assert maps is not None
     assert (maps.dtype, maps.shape) == (np.int64, (200, 6))
     for i in range(200):
@@ -170,7 +195,7 @@ def test_a_part_is_stretched_from_corner_to_corner_then_shifted_then_flipped(siz
 
 
 def test_parts_have_the_areas_and_shapes_that_were_asked_for() -> None:
-    maps = decide(Augmentation(0, scale=(0.35, 1.0)), 0, np.arange(20_000), 200).maps
+    maps = decide(Augmentation(scale=(0.35, 1.0)), 0, 0, np.arange(20_000), 200).maps
     assert maps is not None
     width, height = maps[:, 0] / ONE, maps[:, 4] / ONE
     area, shape = width * height, width / height
@@ -186,7 +211,7 @@ def test_parts_have_the_areas_and_shapes_that_were_asked_for() -> None:
 
 def test_an_affine_map_shears_zooms_turns_and_moves_about_the_middle() -> None:
     most = (30.0, 0.1, 0.2, 10.0)
-    maps = decide(Augmentation(5, False, 1, affine=most), 2, np.arange(100), 17, 20).maps
+    maps = decide(Augmentation(shift=1, affine=most), 5, 2, np.arange(100), 17, 20).maps
     assert maps is not None
     for i in range(100):
         degrees, x, y, zoom, shear = (2 * real(5, Stream.AFFINE, 2, i, n) - 1 for n in range(5))
@@ -201,13 +226,13 @@ def test_an_affine_map_shears_zooms_turns_and_moves_about_the_middle() -> None:
 
 
 def test_a_quarter_of_a_turn_is_exact() -> None:
-    maps = decide(Augmentation(0, affine=(180.0, 0.0, 0.0, 0.0)), 0, np.arange(4_000), 32).maps
+    maps = decide(Augmentation(affine=(180.0, 0.0, 0.0, 0.0)), 0, 0, np.arange(4_000), 32).maps
     assert maps is not None
     # the nearest of 4,000 angles to 90 degrees is within a tenth of a degree: sine 1, cosine below 0.002
     nearest = maps[np.abs(maps[:, 0]).argmin()]
     assert abs(nearest[0]) < 0.002 * ONE
     assert abs(abs(nearest[1]) - ONE) < 2
-    flat = decide(Augmentation(0, affine=(0.0, 0.0, 0.0, 0.0)), 0, np.arange(4), 32).maps
+    flat = decide(Augmentation(affine=(0.0, 0.0, 0.0, 0.0)), 0, 0, np.arange(4), 32).maps
     assert flat is not None
     assert flat.tolist() == [[ONE, 0, 0, 0, ONE, 0]] * 4
 
@@ -216,8 +241,7 @@ def test_a_quarter_of_a_turn_is_exact() -> None:
 
 
 def test_factors_lie_about_1_as_wide_as_asked() -> None:
-    factors = decide(Augmentation(2, jitter=(0.4, 0.0, 1.0)), 3, np.arange(500), 8).factors
-    assert factors is not None
+    factors = decide(Augmentation(jitter=(0.4, 0.0, 1.0)), 2, 3, np.arange(500), 8).tables["jitter"]
     assert (factors.dtype, factors.shape) == (np.int32, (500, 3))
     for i in range(500):
         draws = [2 * real(2, Stream.JITTER, 3, i, n) - 1 for n in range(3)]
@@ -225,8 +249,7 @@ def test_factors_lie_about_1_as_wide_as_asked() -> None:
 
 
 def test_as_many_images_are_erased_as_asked_each_in_a_rectangle_of_its_own() -> None:
-    erasures = decide(Augmentation(2, erase=0.25), 3, np.arange(4_000), 64).erasures
-    assert erasures is not None
+    erasures = decide(Augmentation(erase=0.25), 2, 3, np.arange(4_000), 64).tables["erase"]
     erased = 0
     for i in range(4_000):
         asked = real(2, Stream.ERASE, 3, i, 0) < 0.25
@@ -267,25 +290,24 @@ def test_quantiles_of_beta_are_symmetric_ascending_and_spread_as_they_should(alp
     assert x.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.005)
 
 
-def mixtures_of(augmentation: Augmentation, indices: npt.NDArray[np.int64], size: int = 32) -> npt.NDArray[np.int64]:
-    mixtures = decide(augmentation, 1, indices, size).mixtures
-    assert mixtures is not None
+def mixtures_of(augmentation: Augmentation, seed: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    mixtures = decide(augmentation, seed, 1, indices, 32).tables["mix"]
     assert (mixtures.dtype, mixtures.shape) == (np.int64, (len(indices), 6))
     return mixtures
 
 
 def test_partners_are_neighbours_with_one_share_drawn_by_the_first() -> None:
-    mixtures = mixtures_of(Augmentation(3, mixup=0.4), np.array([7, 9, 4, 2]))
+    mixtures = mixtures_of(Augmentation(mixup=0.4), 3, np.array([7, 9, 4, 2]))
     own = [int(beta_quantiles(0.4)[uniform(QUANTILES, 3, Stream.MIX, 1, first, 1)]) for first in (7, 4)]
     assert mixtures[:, 0].tolist() == [9, 7, 2, 4]
     assert mixtures[:, 1].tolist() == [own[0], own[0], own[1], own[1]]
     assert not mixtures[:, 4].any()  # nothing is cut
-    assert mixtures_of(Augmentation(3, mixup=0.4), np.array([4, 2]))[:, 1:].tolist() == mixtures[2:, 1:].tolist()
+    assert mixtures_of(Augmentation(mixup=0.4), 3, np.array([4, 2]))[:, 1:].tolist() == mixtures[2:, 1:].tolist()
 
 
 def test_a_rectangle_has_the_area_that_was_drawn_about_any_pixel_and_what_is_inside_counts() -> None:
     indices = np.arange(2_000)
-    mixtures = mixtures_of(Augmentation(3, cutmix=1.0), indices)
+    mixtures = mixtures_of(Augmentation(cutmix=1.0), 3, indices)
     clipped = 0
     for first in range(0, 2_000, 2):
         drawn = int(beta_quantiles(1.0)[uniform(QUANTILES, 3, Stream.MIX, 1, first, 1)]) / ONE
@@ -300,8 +322,8 @@ def test_a_rectangle_has_the_area_that_was_drawn_about_any_pixel_and_what_is_ins
 
 
 def test_both_kinds_share_the_pairs_half_and_half() -> None:
-    both = mixtures_of(Augmentation(3, mixup=0.4, cutmix=1.0), np.arange(4_000))
-    blend, cut = (mixtures_of(Augmentation(3, **kind), np.arange(4_000)) for kind in ({"mixup": 0.4}, {"cutmix": 1.0}))
+    both = mixtures_of(Augmentation(mixup=0.4, cutmix=1.0), 3, np.arange(4_000))
+    blend, cut = (mixtures_of(Augmentation(**kind), 3, np.arange(4_000)) for kind in ({"mixup": 0.4}, {"cutmix": 1.0}))
     chosen = [uniform(2, 3, Stream.MIX, 1, first, 0) for first in range(0, 4_000, 2) for _ in (0, 1)]
     assert 1_850 < sum(chosen) < 2_150
     for i in range(4_000):
@@ -320,32 +342,91 @@ def test_labels_are_shares_that_add_up_to_1() -> None:
     assert (labels.sum(1) == 1).all()
 
 
+# -- one record each ---------------------------------------------------------------------------------------------------
+
+
+def test_no_stream_is_drawn_from_by_two_augmentations_and_every_setting_belongs_to_one() -> None:
+    streams = [stream for record in RECORDS for stream in record.streams]
+    assert len(streams) == len(set(streams))
+    settings = [name for record in RECORDS for name in record.settings]
+    assert sorted(settings) == sorted(vars(Augmentation()))
+    assert len({record.name for record in RECORDS}) == len(RECORDS)
+
+
+def test_what_is_decided_imports_no_compiler() -> None:
+    code = "import sys, dtrain.data.augment; print('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def mirrored(augmentation: Augmentation, draws: Draws) -> tuple[Any, Any]:
+    """Half of the pictures upside down: the map of Place.AFFINE that leaves x and turns y over."""
+    turned = np.eye(2)[..., None].repeat(len(draws.samples), 2)
+    turned[1, 1] -= 2 * draws.integers(0, 2)
+    return turned, np.zeros((2, len(draws.samples)))
+
+
+def test_an_augmentation_is_added_by_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    upside_down = Record("upside down", ("flip",), (Stream.REHEARSAL,), Place.AFFINE, mirrored)
+    negative = Record("negative", ("flip",), (Stream.SYNTHETIC,), Place.BYTES, lambda a, d: d.integers(0, 2), "negate")
+    decisions = decide(Augmentation(flip=True), 3, 1, np.arange(40), 8)
+    assert (decisions.maps, decisions.tables) == (None, {})
+    for module in ("dtrain.data.augment", "dtrain.data.pixels"):
+        monkeypatch.setattr(f"{module}.RECORDS", (*RECORDS, upside_down, negative))
+    monkeypatch.setattr(
+        pixels, "negate", lambda table, images: images.__setitem__(table == 1, 255 - images[table == 1]), False
+    )
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    decisions, out = decide(Augmentation(flip=True), 3, 1, np.arange(40), 8), np.empty_like(images)
+    offsets, lut = np.arange(40, dtype=np.uint64) * np.uint64(192), np.arange(256, dtype=np.uint8)[None].repeat(3, 0)
+    pixels.write_images(images.reshape(-1), offsets, 8, 3, decisions, lut, out)
+    for i in range(40):
+        flip, turn, negate = (uniform(2, 3, s, 1, i, 0) for s in (Stream.FLIP, Stream.REHEARSAL, Stream.SYNTHETIC))
+        wanted = images[i][:: -1 if turn else 1, :: -1 if flip else 1]
+        assert np.array_equal(out[i], 255 - wanted if negate else wanted)
+
+
+def test_two_affine_maps_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_first(augmentation: Augmentation, draws: Draws) -> tuple[Any, Any]:
+        return np.array([[0.0, 2.0], [-1.0, 0.5]])[..., None], np.array([[3.0], [1.0]])
+
+    def by_second(augmentation: Augmentation, draws: Draws) -> tuple[Any, Any]:
+        return np.array([[1.0, 0.25], [0.0, -1.0]])[..., None], np.array([[-2.0], [4.0]])
+
+    both = [Record(d.__name__, ("flip",), (Stream.REHEARSAL,), Place.AFFINE, d) for d in (by_first, by_second)]
+    monkeypatch.setattr("dtrain.data.augment.RECORDS", (RECORDS[0], *both))
+    maps = decide(Augmentation(flip=True), 0, 0, np.array([7]), 9).maps
+    assert maps is not None
+    for x, y in ((0, 0), (8, 0), (3, 5)):
+        u, v = x - 4 + 2, y - 4 - 4  # from the middle, less the second one's translation
+        u, v = u + 0.25 * v - 3, -v - 1  # in the picture that the first one gives, less its translation
+        assert placed(maps[0].tolist(), x, y) == pytest.approx((2 * v + 4, -u + 0.5 * v + 4), abs=1e-3)
+
+
 # -- all together ------------------------------------------------------------------------------------------------------
 
 
 def test_every_decision_is_of_the_sample_or_its_pair_and_differs_between_epochs_and_seeds() -> None:
     indices = np.arange(400)
-    whole = list(decide(EVERYTHING, 2, indices, 24, 32).columns())
+    whole = list(decide(EVERYTHING, 9, 2, indices, 24, 32).columns())
     assert len(whole) == 5 + 6 + 3 + 6 + 4
     pairs = np.random.default_rng(0).permutation(200)
     shuffled = (2 * pairs[:, None] + [0, 1]).ravel()
-    for one, other in zip(whole, decide(EVERYTHING, 2, indices[shuffled], 24, 32).columns(), strict=True):
+    for one, other in zip(whole, decide(EVERYTHING, 9, 2, indices[shuffled], 24, 32).columns(), strict=True):
         assert np.array_equal(other, one[shuffled])
-    part = decide(EVERYTHING, 2, indices, 24, 32).of(slice(100, 150))
-    alone = decide(EVERYTHING, 2, indices[100:150], 24, 32)
+    part = decide(EVERYTHING, 9, 2, indices, 24, 32).of(slice(100, 150))
+    alone = decide(EVERYTHING, 9, 2, indices[100:150], 24, 32)
     for one, cut, other in zip(whole, part.columns(), alone.columns(), strict=True):
         assert one[100:150].tolist() == cut.tolist() == other.tolist()
-    for others in (decide(EVERYTHING, 3, indices, 24, 32), decide(replace(EVERYTHING, seed=10), 2, indices, 24, 32)):
+    for others in (decide(EVERYTHING, 9, 3, indices, 24, 32), decide(EVERYTHING, 10, 2, indices, 24, 32)):
         differ = [(one != other).mean() for one, other in zip(whole, others.columns(), strict=True)]
         assert min(differ[:1] + differ[5:14]) > 0.4
 
 
 def test_golden_tables_never_change() -> None:
     # every number of them is worked out by hand in the tests above
-    decisions = decide(EVERYTHING, 1, np.array([3, 1]), 16, 20)
-    assert [
-        table.tolist() for table in (decisions.moves, decisions.factors, decisions.erasures) if table is not None
-    ] == [
+    decisions = decide(EVERYTHING, 9, 1, np.array([3, 1]), 16, 20)
+    tables = (decisions.moves, decisions.tables["jitter"], decisions.tables["erase"])
+    assert [table.tolist() for table in tables] == [
         [[0, -1, 1, 6, 0], [1, 1, 1, 5, 0]],
         [[87165, 93418, 40704], [56169, 80108, 52195]],
         [[6, 0, 6, 9], [0, 0, 0, 0]],
@@ -355,5 +436,4 @@ def test_golden_tables_never_change() -> None:
         [40865, -14090, 606238, 8421, 45536, -26466],
         [-54690, -5864, 1018011, -12673, 44709, 593510],
     ]
-    assert decisions.mixtures is not None
-    assert decisions.mixtures.tolist() == [[1, 61440, 2, 8, 4, 4], [3, 61440, 2, 8, 4, 4]]
+    assert decisions.tables["mix"].tolist() == [[1, 61440, 2, 8, 4, 4], [3, 61440, 2, 8, 4, 4]]

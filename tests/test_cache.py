@@ -267,6 +267,17 @@ def test_a_prepared_set_is_not_converted_again_and_what_a_kill_left_is_removed(t
     assert not leftover.exists()
 
 
+def test_betons_that_another_process_has_found_are_opened_as_they_are_and_missing_ones_are_made(tmp_path: Path) -> None:
+    first = finished(prepare("digits", tmp_path, tmp_path))
+    folder = first["train"].path.parent
+    (folder / "train.verified").unlink()
+    found = finished(prepare("no such set", tmp_path, tmp_path, found=folder))  # the source is not looked at
+    assert [found[name].sha256 for name in found] == [first[name].sha256 for name in first]
+    assert not (folder / "train.verified").exists()  # nor is every byte
+    elsewhere = finished(prepare("digits", tmp_path, tmp_path / "cache", found=tmp_path / "of another host"))
+    assert elsewhere["test"].path.is_relative_to(tmp_path / "cache")
+
+
 def test_two_settings_of_a_conversion_are_two_folders_and_what_is_cut_later_is_none(tmp_path: Path) -> None:
     ways = [{}, {"resize": "squash"}, {"bad_images": "skip"}, {"image_size": 16}, {"image_size": 20}]
     ways += [{"image_size": 16, "store_size": 20}, {"image_size": 18, "store_size": 20}]  # cut out of those of 20

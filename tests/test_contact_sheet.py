@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from betons import finished
+from betons import feed_of, loaded
 from PIL import Image
 from warm import Warm
 
 from dtrain.commands.contact_sheet import GAP, MARGIN, SIDE, Tile, contact_sheet
 from dtrain.commands.data import show
 from dtrain.config import TrainConfig
-from dtrain.data.dataset import load_dataset
+from dtrain.data.augment import asked_of
 from dtrain.errors import StorageError, UsageError
 from dtrain.training import plan_of
 
@@ -70,9 +69,9 @@ def test_a_sheet_shows_the_pixels_that_the_loader_hands_out(tmp_path: Path) -> N
     config = TrainConfig(**SETTINGS, cache_dir=tmp_path / "cache", jitter=0.5, cutmix=1.0)
     told = show(config, 3, 4, tmp_path / "sheet.png")
     assert told == f"{tmp_path / 'sheet.png'}: digits, step 3 of 5, epoch 1, 4 of 8 images, 32 x 32"
-    dataset = finished(load_dataset(config))
-    plan = plan_of(config, train_size=len(dataset.train_samples), image_size=32, world_size=1)
-    with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
+    dataset = loaded(config)
+    plan = plan_of(config, dataset, 1)
+    with train_loader_of(config, dataset, plan, 0, feed_of(config)) as loader:
         images = loader.batch(2).images  # the third
     mean, std = (np.array(of) for of in (dataset.train.mean, dataset.train.std))
     wanted = np.rint((images.permute(0, 2, 3, 1).numpy() * std + mean) * 255).astype(np.uint8)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import betons
 import numpy as np
 import pytest
-import torch
-from betons import Pixels, finished, pixels_of
-from pets import FILES, contents, png, write_folder
+from betons import Pixels, feed_of, pixels_of
+from pets import FILES, contents, png, write_folder, write_tar
 from PIL import Image, ImageOps
 from warm import Warm
 
 from dtrain.config import TrainConfig
-from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.dataset import DataSet
 
 TAKES = "allcnn_c"
 SMALL = f"{Path(__file__).with_name('small_network.py')}:small"
@@ -41,15 +43,12 @@ def pets(folder: Path, *, gray_train: int = 4, gray_test: int = 2) -> Path:
 
 
 def loaded(dataset: Any, cache: Path, **settings: Any) -> DataSet:
-    data: DataSet = finished(
-        load_dataset(TrainConfig(**{"arch": TAKES, **settings}, dataset=str(dataset), cache_dir=cache))
-    )  # type: ignore[assignment]
-    return data
+    return betons.loaded(TrainConfig(**{"arch": TAKES, **settings}, dataset=str(dataset), cache_dir=cache))
 
 
 def first_chunk(data: DataSet, **settings: Any) -> Pixels:
     config = TrainConfig(arch=TAKES, loader="memory", **settings)
-    chunks = data.chunks(config, 0, 1, torch.float32, torch.device("cpu"))
+    chunks = data.chunks(0, 1, feed_of(config), chunk_size=500)
     with chunks.loader:
         batch = chunks.batch(0)
     assert batch is not None
@@ -151,6 +150,56 @@ def test_photographs_of_many_sizes_become_squares(shared_data: Path, tmp_path: P
     flat = np.fromfile(data.train.path, np.uint8)
     pixels = flat[int(data.train.pixel_offsets[200]) :][: 72 * 72 * 3].reshape(72, 72, 3)
     assert np.abs(pixels.astype(int) - wanted).mean() < 1
+
+
+# -- one process a host ------------------------------------------------------------------------------------------------
+
+
+def cold_start(source: Path, cache: Path, output: Path, *, own_host: bool = False) -> tuple[int, set[str], set[str]]:
+    """Train for a step; returns the rank, the files and folders of the source that it looked into, and what it wrote
+    into the cache. own_host: as if each process had a host and a cache of its own."""
+    from dtrain import train
+
+    rank, looked, written = int(os.environ["RANK"]), set(), set()
+    if own_host:
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        cache /= str(rank)
+
+    def seen(event: str, details: tuple[Any, ...]) -> None:
+        if event in ("open", "os.scandir", "os.listdir") and isinstance(details[0], str):
+            path = Path(details[0])
+            if path.is_relative_to(source):
+                looked.add(path.relative_to(source).as_posix())
+            elif path.is_relative_to(cache) and event == "open" and str(details[1])[:1] in "wa":
+                written.add(path.name)
+
+    sys.addaudithook(seen)
+    settings: dict[str, Any] = {"arch": SMALL, "dataset": str(source), "recipe": "none", "threads": 1, "steps": 1}
+    train(TrainConfig(**settings, batch_size=4, loader="memory", cache_dir=cache, output=output))
+    return rank, looked, written
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_on_a_cold_start_one_process_of_a_host_reads_the_source_and_the_others_its_betons(
+    ranks: Warm, tmp_path: Path, kind: str
+) -> None:
+    files = contents()
+    source = write_folder(tmp_path / "pets", files) if kind == "folder" else write_tar(tmp_path / "pets.tar", files)
+    given = {"source": source, "cache": tmp_path / "cache", "output": tmp_path / "run"}
+    first, second = ranks.call("test_dataset:cold_start", 2, given)
+    assert first[1] >= (set(files) if kind == "folder" else {"."})
+    assert "train.verified" in first[2]
+    assert second == (1, set(), set())
+
+
+@pytest.mark.dist
+def test_hosts_with_a_cache_each_read_the_source_each(ranks: Warm, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "pets", contents())
+    given = {"source": source, "cache": tmp_path / "cache", "output": tmp_path / "run", "own_host": True}
+    first, second = ranks.call("test_dataset:cold_start", 2, given)
+    assert first[1] == second[1] >= set(FILES)
+    assert "train.verified" in first[2] & second[2]
 
 
 # -- what a resume must find again -----------------------------------------------------------------------------------

@@ -16,24 +16,25 @@ import numba
 import numpy as np
 import pytest
 import torch
-from betons import Pixels, converted, finished, pixels_of, source_of
+from betons import Pixels, converted, feed_of, loaded, pixels_of, source_of
 from needs import need_ffcv
-from test_pixels import MEAN, STD, reference, written
+from test_pixels import MEAN, STD, reference, shrunk_by_hand, written
 from warm import Warm
 
 from dtrain import keyed, training
 from dtrain.config import TrainConfig
-from dtrain.data.augment import Augmentation, decide, mixed_labels
+from dtrain.data.augment import Augmentation, asked_of, decide, mixed_labels
+from dtrain.data.batch import Batch, Request
 from dtrain.data.beton import Beton
-from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.data.loader import Batch, Loader, Request, open_loader
+from dtrain.data.dataset import DataSet, Feed
+from dtrain.data.loader import Loader, open_loader
 from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
 from dtrain.plan import Plan
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
 CPU = torch.device("cpu")
-AUGMENTATION = Augmentation(seed=7, flip=True, shift=3, cutout=5)
+AUGMENTATION = Augmentation(flip=True, shift=3, cutout=5)
 
 EVERYTHING: dict[str, Any] = {
     "scale": (0.3, 0.9),
@@ -114,6 +115,7 @@ def opened(
     largest: int = BATCH,
     size: int | None = None,
     channels: int = 3,
+    channels_last: bool = True,
 ) -> Loader:
     return open_loader(
         beton,
@@ -122,10 +124,12 @@ def opened(
         image_size=size or beton.image_size,
         channels=channels,
         augmentation=augmentation,
+        seed=7,
         mean=MEAN,
         std=STD,
         dtype=dtype,
         device=CPU,
+        channels_last=channels_last,
         kernel_threads=threads,
         largest=largest,
     )
@@ -153,7 +157,7 @@ def test_batch_k_is_what_numpy_makes_of_the_kth_part_of_the_epochs_order(
         for step in (0, 1, 4, 5, 12):
             epoch, place = divmod(step, COUNT // BATCH)
             wanted = keyed.order(COUNT, 7, epoch)[place * BATCH : (place + 1) * BATCH]
-            table = decide(AUGMENTATION, epoch, wanted, SIZE).moves
+            table = decide(AUGMENTATION, 7, epoch, wanted, SIZE).moves
             images = [reference(pixels[i], row, 5, lut) for i, row in zip(wanted, table.tolist(), strict=True)]
             batch = loader.batch(step)
             assert batch.indices.tolist() == wanted.tolist()
@@ -165,14 +169,13 @@ def test_mixed_batches_are_made_of_partners_and_their_labels_are_shares(
     dataset: DataSet, pixels: Pixels, kind: str
 ) -> None:
     config = config_of(loader=kind, **EVERYTHING)
-    with dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+    with dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
         batch = loader.batch(7)
     indices = batch.indices.numpy()
-    decisions = decide(Augmentation.of(config), 1, indices, SIZE)
+    decisions = decide(asked_of(config), 7, 1, indices, SIZE)
     images = written(pixels[indices], decisions, SIZE, lookup_table(MEAN, STD, "float32"))
     assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.from_numpy(images))
-    assert decisions.mixtures is not None
-    labels = mixed_labels(indices * 7 % 3, decisions.mixtures, 3)
+    labels = mixed_labels(indices * 7 % 3, decisions.tables["mix"], 3)
     assert (batch.labels.dtype, batch.labels.tolist()) == (torch.float32, labels.tolist())
 
 
@@ -208,13 +211,13 @@ def test_a_network_may_see_less_than_is_stored(
     lut = lookup_table(*((weights[0],), (weights[1],)) if channels == 1 else (MEAN, STD), "float32")
     gray = ((pixels.astype(np.int64) @ [19595, 38470, 7471] + 32768) >> 16).astype(np.uint8)[..., None]
     stored = gray if channels == 1 else pixels
-    with seen.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+    with seen.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
         batch = loader.batch(7)
-    table = decide(AUGMENTATION, 1, batch.indices.numpy(), size, SIZE).moves
+    table = decide(AUGMENTATION, 7, 1, batch.indices.numpy(), size, SIZE).moves
     images = [reference(stored[i], row, 5, lut, size) for i, row in zip(batch.indices, table.tolist(), strict=True)]
     wanted = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     torch.testing.assert_close(batch.images, wanted, rtol=1e-5, atol=1e-5)
-    chunks = seen.chunks(config, 0, 1, torch.float32, CPU)
+    chunks = seen.chunks(0, 1, feed_of(config), chunk_size=500)
     with chunks.loader:
         middle = chunks.loader.batch(0).images.permute(0, 2, 3, 1).numpy()
     corner = (SIZE - size) // 2
@@ -260,7 +263,7 @@ def walked_before(beton: Beton, steps: range, augmentation: Augmentation = AUGME
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
 def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: Beton, settings: Any) -> None:
-    augmentation = Augmentation.of(config_of(**settings))
+    augmentation = asked_of(config_of(**settings))
     wanted = walked_before(beton, range(15), augmentation)
     assert len(set(wanted)) == 15
     for kind in KINDS:
@@ -272,7 +275,7 @@ def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
 def test_a_jump_to_any_step_gives_what_walking_there_gives(beton: Beton, kind: str, settings: Any) -> None:
-    augmentation = Augmentation.of(config_of(**settings))
+    augmentation = asked_of(config_of(**settings))
     wanted = walked_before(beton, range(15), augmentation)
     for start in range(15):
         loader = opened(beton, requests(plan_of(config_of())), kind, augmentation=augmentation)
@@ -302,9 +305,9 @@ def test_the_shares_of_all_processes_are_the_batch_of_one(
     dataset: DataSet, kind: str, size: int, wanted: list[int], settings: Any
 ) -> None:
     config = config_of(loader=kind, batch_size=size, **settings)
-    whole = dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU)
+    whole = dataset.train_loader(plan_of(config), 0, config.augmentation, feed_of(config))
     plan = plan_of(config, len(wanted))
-    shares = [dataset.train_loader(config, plan, rank, torch.float32, CPU) for rank in range(len(wanted))]
+    shares = [dataset.train_loader(plan, rank, config.augmentation, feed_of(config)) for rank in range(len(wanted))]
     for step in (0, 1, 2, plan.total_steps - 1):
         batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
         assert [len(part.labels) for part in parts] == wanted
@@ -321,7 +324,7 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
     def checksum(config: TrainConfig, step: int, world: int = 1) -> int:
         total = 0
         for rank in range(world):
-            with dataset.train_loader(config, plan_of(config, world), rank, torch.float32, CPU) as loader:
+            with dataset.train_loader(plan_of(config, world), rank, asked_of(config), feed_of(config)) as loader:
                 batch = loader.batch(step)
             assert (batch.checksum.dtype, batch.checksum.shape) == (torch.int64, ())
             total += int(batch.checksum)
@@ -333,21 +336,21 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
         rows = [[1, int(index), *np.concatenate(row).tolist()] for index, *row in zip(indices, *tables, strict=True)]
         return sum(int(keyed.key(0, keyed.Stream.CHECKSUM, *row)) >> 32 for row in rows)
 
-    wanted = by_hand(decide(AUGMENTATION, 1, indices, SIZE).moves)
+    wanted = by_hand(decide(AUGMENTATION, 7, 1, indices, SIZE).moves)
     assert [checksum(config, 7, world) for world in (1, 2, 3, 4)] == [wanted] * 4
     others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
     others += [replace(config, **{name: value}) for name, value in EVERYTHING.items()]
     assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 11
     everything = config_of(loader="memory", **EVERYTHING)
-    d = decide(Augmentation.of(everything), 1, indices, SIZE)
-    wanted = by_hand(d.moves, d.maps, d.factors, d.mixtures, d.erasures)
+    d = decide(everything.augmentation, 7, 1, indices, SIZE)
+    wanted = by_hand(d.moves, d.maps, d.tables["jitter"], d.tables["mix"], d.tables["erase"])
     assert [checksum(everything, 7, world) for world in (1, 2, 3, 5)] == [wanted] * 4
 
 
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:
     config = config_of(loader=kind)
     seen = []
-    with dataset.train_loader(config, plan_of(config), 0, torch.float32, CPU) as loader:
+    with dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
         for epoch in range(3):
             steps = range(epoch * 5, epoch * 5 + 5)
             seen.append([index for step in steps for index in loader.batch(step).indices.tolist()])
@@ -362,7 +365,7 @@ def test_a_loader_of_a_part_of_the_samples_reads_only_these(dataset: DataSet, ki
     part = replace(dataset, train_samples=np.arange(0, COUNT, 2))
     config = config_of(loader=kind, epochs=2)
     plan = plan_of(config, train_size=52)
-    with part.train_loader(config, plan, 0, torch.float32, CPU) as loader:
+    with part.train_loader(plan, 0, config.augmentation, feed_of(config)) as loader:
         seen = [index for step in range(2) for index in loader.batch(step).indices.tolist()]
     assert len(set(seen)) == 40
     assert all(index % 2 == 0 for index in seen)
@@ -390,6 +393,130 @@ def test_a_beton_that_took_the_place_of_another_is_read(tmp_path: Path, kind: st
     assert seen == pytest.approx([10 / 255, 20 / 255], abs=1e-6)
 
 
+# -- smaller images in a stage -----------------------------------------------------------------------------------------
+
+
+def staged(plan: Plan, rank: int = 0, world: int = 1) -> Callable[[int], Request | None]:
+    """Each epoch at a size of its own: 16 (all that there is), 12, then 7. Shares may differ by one pair."""
+
+    def request_at(step: int) -> Request | None:
+        if step >= plan.total_steps:
+            return None
+        first, end = (at * (BATCH // 2) // world * 2 for at in (rank, rank + 1))
+        return Request(plan.batch(step)[first:end], plan.epoch_at(step), (SIZE, 12, 7)[plan.epoch_at(step)])
+
+    return request_at
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
+def test_a_stage_shrinks_the_pictures_and_leaves_draws_labels_and_checksums_as_they_are(
+    beton: Beton, pixels: Pixels, kind: str, settings: Any
+) -> None:
+    augmentation, plan = asked_of(config_of(**settings)), plan_of(config_of())
+    lut = lookup_table(MEAN, STD, "float32")
+    full = opened(beton, requests(plan), kind, augmentation=augmentation)
+    stages = opened(beton, staged(plan), kind, augmentation=augmentation)
+    with full, stages:
+        for step, size in ((0, SIZE), (4, SIZE), (5, 12), (9, 12), (10, 7), (14, 7)):
+            batch, small = full.batch(step), stages.batch(step)
+            assert tuple(small.images.shape) == (BATCH, 3, size, size)
+            assert small.images.is_contiguous(memory_format=torch.channels_last)
+            indices = batch.indices.numpy()
+            decisions = decide(augmentation, 7, step // 5, indices, SIZE)
+            wanted = written(pixels[indices], decisions, SIZE, lut, size)
+            assert torch.equal(small.images.permute(0, 2, 3, 1), torch.from_numpy(wanted))
+            for one, other in ((batch.labels, small.labels), (batch.indices, small.indices)):
+                assert torch.equal(one, other)
+            assert int(batch.checksum) == int(small.checksum)
+
+
+def test_stages_are_equal_for_both_readers_any_threads_and_after_a_jump(beton: Beton) -> None:
+    plan, augmentation = plan_of(config_of()), asked_of(config_of(**EVERYTHING))
+    wanted = walked(opened(beton, staged(plan), "memory", augmentation=augmentation), range(15))
+    assert len(set(wanted)) == 15
+    for kind in KINDS:
+        loader = opened(beton, staged(plan), needed(kind), threads=2, augmentation=augmentation)
+        assert walked(loader, range(15)) == wanted
+        loader = opened(beton, staged(plan), needed(kind), augmentation=augmentation)
+        assert walked(loader, range(9, 12)) == wanted[9:12]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_a_stage_gives_every_world_the_same_batches(beton: Beton, kind: str, world: int) -> None:
+    plan, augmentation = plan_of(config_of()), asked_of(config_of(**EVERYTHING))
+    whole = opened(beton, staged(plan), kind, augmentation=augmentation)
+    shares = [opened(beton, staged(plan, rank, world), kind, augmentation=augmentation) for rank in range(world)]
+    for step in (4, 5, 12):
+        batch, parts = whole.batch(step), [loader.batch(step) for loader in shares]
+        assert max(len(part.indices) for part in parts) - min(len(part.indices) for part in parts) in (0, 2)
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+        assert sum(int(part.checksum) for part in parts) == int(batch.checksum)
+    for loader in (whole, *shares):
+        loader.close()
+
+
+@pytest.mark.parametrize("stored", [SIZE, 11])
+def test_an_evaluation_shrinks_the_whole_middle_of_each_picture(
+    dataset: DataSet, pixels: Pixels, kind: str, stored: int
+) -> None:
+    seen = replace(dataset, image_size=stored)
+    chunks = seen.chunks(0, 1, feed_of(config_of(loader=kind)), chunk_size=50, image_size=8)
+    with chunks.loader:
+        images = chunks.loader.batch(1).images.permute(0, 2, 3, 1).numpy()
+    corner = (SIZE - stored) // 2
+    middle = pixels[::-1][50:100, corner : corner + stored, corner : corner + stored]
+    small = np.stack([shrunk_by_hand(picture, 8) for picture in middle])
+    lut = lookup_table(MEAN, STD, "float32")
+    assert np.array_equal(images, np.stack([lut[c][small[..., c]] for c in range(3)], axis=-1))
+
+
+@pytest.mark.parametrize("size", [0, SIZE + 1])
+def test_a_stage_larger_than_the_image_size_is_refused(beton: Beton, kind: str, size: int) -> None:
+    request = Request(np.arange(2), 0, size)
+    with opened(beton, lambda step: request, kind) as loader, pytest.raises(UsageError, match=r"a size in 1\.\.16"):
+        loader.batch(0)
+
+
+# -- memory layout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_channels_last_images_are_contiguous_and_equal_bit_for_bit(
+    beton: Beton, kind: str, dtype: torch.dtype, channels: int
+) -> None:
+    ways = [
+        opened(beton, staged(plan_of(config_of())), kind, dtype=dtype, channels=channels, channels_last=channels_last)
+        for channels_last in (True, False)
+    ]
+    for step in (0, 7):
+        last, first = (loader.batch(step).images for loader in ways)
+        assert first.is_contiguous()
+        assert torch.equal(first.view(len(first), -1), last.reshape(len(last), -1))
+    for loader in ways:
+        loader.close()
+
+
+def test_a_network_that_views_its_input_trains_without_channels_last(ranks: Warm, tmp_path: Path) -> None:
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.linear = nn.Linear(3 * 32 * 32, classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.linear(x.view(x.shape[0], -1))\n"
+        "def net(num_classes):\n"
+        "    return Net(num_classes)\n"
+    )
+    flags = ["--arch", f"{net}:net", "--dataset", "synthetic", "--recipe", "none", "--steps", "2", "--threads", "1"]
+    flags += ["--no-channels-last", "--cache-dir", tmp_path / "cache", "--output", tmp_path / "run"]
+    (result,) = ranks(flags, world=1)
+    assert result.code == 0, result.err
+
+
 # -- threads and errors ----------------------------------------------------------------------------------------------
 
 
@@ -405,6 +532,24 @@ def test_100_abandoned_epochs_leave_no_thread(beton: Beton, kind: str) -> None:
         with opened(beton, requests(plan_of(config_of())), kind, threads=2) as loader:
             loader.batch(start % 15)
     assert set(threading.enumerate()) == before
+
+
+def test_the_kernel_has_the_threads_of_the_process_on_a_gpu_and_one_beside_a_network_on_the_cpu() -> None:
+    cuda, cpu = (Feed(torch.float32, torch.device(kind), threads=6) for kind in ("cuda:1", "cpu"))
+    assert (cuda.kernel_threads, cpu.kernel_threads) == (6, 1)
+
+
+def test_deterministic_mode_does_not_fill_the_memory_of_new_batches(ranks: Warm) -> None:
+    assert ranks.call("test_loader:filled_in_deterministic_mode", 1) == [(True, False)]
+
+
+def filled_in_deterministic_mode() -> tuple[bool, bool]:
+    """Whether deterministic mode is on, and whether it fills new memory."""
+    from dtrain.runtime import Runtime, apply
+
+    apply(Runtime("cpu", "gloo", 1, "float32", ()), deterministic=True)
+    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return torch.are_deterministic_algorithms_enabled(), fills
 
 
 def test_closing_waits_for_a_thread_that_is_at_work(beton: Beton, kind: str) -> None:
@@ -520,12 +665,12 @@ def test_ffcv_leaves_threads_environment_and_numpys_generator_as_they_were(beton
 def test_an_evaluation_reads_each_sample_once_in_the_same_chunks_for_every_world(
     dataset: DataSet, kind: str, size: int
 ) -> None:
-    config = config_of(loader=kind, eval_batch_size=size)
+    config = config_of(loader=kind)
     wanted = [list(range(first, min(first + size, COUNT))) for first in range(0, COUNT, size)]
     for world in (1, 2, 3):
         chunks: dict[int, list[int]] = {}
         for rank in range(world):
-            mine = dataset.chunks(config, rank, world, torch.float32, CPU)
+            mine = dataset.chunks(rank, world, feed_of(config), chunk_size=size)
             assert mine.rounds == -(-len(wanted) // world)
             for turn in range(mine.rounds):
                 batch = mine.batch(turn)
@@ -536,12 +681,8 @@ def test_an_evaluation_reads_each_sample_once_in_the_same_chunks_for_every_world
 
 
 def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_twice(tmp_path: Path) -> None:
-    sets = [
-        finished(
-            load_dataset(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path, val_split=0.1, seed=seed))
-        )
-        for seed in (0, 0, 1)
-    ]
+    given = {"arch": "allcnn_c", "dataset": "digits", "cache_dir": tmp_path, "val_split": 0.1}
+    sets = [loaded(TrainConfig(**given, seed=seed)) for seed in (0, 0, 1)]  # type: ignore[arg-type]
     held, again, other = (data.evaluation_samples.tolist() for data in sets)
     assert held == again != other
     data = sets[0]
@@ -554,7 +695,7 @@ def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_tw
 
 
 def test_without_a_validation_split_the_test_set_is_evaluated(tmp_path: Path) -> None:
-    data = finished(load_dataset(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path)))
+    data = loaded(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path))
     assert (len(data.train_samples), len(data.evaluation_samples), data.evaluation_split) == (1437, 360, "test")
     assert data.evaluation.sha256 != data.train.sha256
 
@@ -568,7 +709,7 @@ def test_images_are_normalised_by_the_training_set_unless_told_otherwise(
     if given is not None:
         settings = {"mean": given[:1], "std": given[1:]}
         mean, std = np.full(3, given[0]), np.full(3, given[1])
-    chunks = dataset.chunks(config_of(loader="memory", **settings), 0, 1, torch.float32, CPU)
+    chunks = dataset.chunks(0, 1, feed_of(config_of(loader="memory", **settings)), chunk_size=500)
     batch = chunks.batch(0)
     chunks.loader.close()
     assert batch is not None

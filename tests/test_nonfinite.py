@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from warm import Warm
 
 from dtrain import plugins
-from dtrain.config import TrainConfig
-from dtrain.data.loader import Batch
+from dtrain.data.batch import Batch
 from dtrain.errors import UsageError
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import Outcome, Sums, Tally

@@ -110,8 +110,8 @@ def relabel(pair: Path, split: str, labels: list[int]) -> None:
     ("damage", "told"),
     [
         (lambda pair: relabel(pair, "test", [7]), "test.beton: label 7 is not in train.beton"),
-        (lambda pair: relabel(pair, "train", [3]), "train.beton: labels 0..3 do not fit 3 classes"),
-        (lambda pair: relabel(pair, "train", [-1]), "train.beton: labels -1..2 do not fit 3 classes"),
+        (lambda pair: relabel(pair, "train", [3]), "train.beton: holds the labels 0..3 but 3 class names"),
+        (lambda pair: relabel(pair, "train", [-1]), "train.beton: holds the labels -1..2 but 3 class names"),
         (lambda pair: (pair / "train.json").write_text("{}"), "train.json: no class names can be read"),
         (lambda pair: (pair / "test.beton").write_bytes(b"no beton" * 999), "test.beton: not a beton of this version"),
         (lambda pair: os.truncate(pair / "train.beton", 3 << 20), "train.beton: unfinished or cut short"),
@@ -131,11 +131,11 @@ def test_without_a_sidecar_classes_are_numbers(pair: Path) -> None:
     assert find_source(str(pair), pair).class_names == ("0", "1", "2")
     relabel(pair, "train", [0] * 20)
     relabel(pair, "test", [0] * 5)
-    with pytest.raises(DataError, match="has a single class; two or more are needed"):
+    with pytest.raises(DataError, match="holds a single class; give a pair with two or more"):
         find_source(str(pair), pair)
 
 
 def test_a_sidecar_that_is_not_ours_is_told(pair: Path) -> None:
     (pair / "train.json").write_text(json.dumps([1]))
-    with pytest.raises(DataError, match=r"train\.json: no class names can be read .*; mend or remove it"):
+    with pytest.raises(DataError, match=r"train\.json: no class names can be read .*; repair or remove it"):
         find_source(str(pair), pair)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dtrain.data.pictures import BadPicture, Pixels, picture, quiet
 
@@ -181,14 +181,16 @@ def test_crop_keeps_the_middle_and_squash_keeps_all() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (201, 333), (64, 90), (31, 20)])
-def test_crop_is_pillows_fit_to_a_square(width: int, height: int) -> None:
-    # smooth, so that half a pixel at the border of the crop makes no difference of many levels
+def test_crop_is_the_largest_square_in_the_middle_resampled_by_pillow(width: int, height: int) -> None:
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([127 + 100 * np.sin(x / 20), 127 + 100 * np.cos(y / 15), 255 * x / width], axis=2).astype(
         np.uint8
     )
-    wanted = ImageOps.fit(Image.fromarray(pixels), (48, 48), Image.Resampling.BICUBIC)
-    assert np.abs(seen(square(pixels), 48).astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2  # may be half a pixel
+    box = (left, top, left + side, top + side)
+    wanted = Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC, box=box)
+    assert np.array_equal(seen(square(pixels), 48), np.asarray(wanted))
 
 
 def test_enlarging_reducing_and_half_decoding_keep_the_mean(odd: dict[str, bytes]) -> None:

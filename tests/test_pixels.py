@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from dtrain.data.augment import ONE, Augmentation, Decisions, decide, undecided
-from dtrain.data.pixels import jitter_pixels, lookup_table, mix_pixels, move_pixels, sample_pixels, write_images
+from dtrain.data.pixels import (
+    jitter_pixels,
+    lookup_table,
+    mix_pixels,
+    move_pixels,
+    sample_pixels,
+    shrink_pixels,
+    shrunk_rectangles,
+    write_images,
+)
 from dtrain.keyed import Stream, key
 
 Pixels = npt.NDArray[np.uint8]
@@ -86,7 +95,7 @@ def test_a_2_by_2_image_is_moved_as_worked_out_by_hand() -> None:
 @pytest.mark.parametrize(("flip", "shift", "cutout"), [(True, 3, 4), (False, 0, 0), (True, 0, 0), (False, 8, 1)])
 def test_pixels_move_as_in_numpy(flip: bool, shift: int, cutout: int, dtype: str) -> None:
     images, lut = images_of(60), lookup_table(MEAN, STD, dtype)
-    table = moves(Augmentation(5, flip, shift, cutout), 1, np.arange(60), 8)
+    table = moves(Augmentation(flip=flip, shift=shift, cutout=cutout), 5, 1, np.arange(60), 8)
     out = moved(images, table, cutout, lut)
     for i in range(60):
         assert np.array_equal(out[i], reference(images[i], table[i].tolist(), cutout, lut))
@@ -103,13 +112,13 @@ def test_a_shift_wider_than_the_image_gives_black_and_writes_nothing_outside(fli
 
 def test_a_cutout_larger_than_the_image_is_the_whole_image() -> None:
     images, lut = images_of(3), lookup_table(MEAN, STD, "float32")
-    table = moves(Augmentation(0, False, 0, 9), 0, np.arange(3), 8)
+    table = moves(Augmentation(cutout=9), 0, 0, np.arange(3), 8)
     assert not moved(images, table, 9, lut).any()
 
 
 def test_gray_images_have_one_channel() -> None:
     images, lut = images_of(10, channels=1), lookup_table((0.5,), (0.25,), "float32")
-    table = moves(Augmentation(0, True, 2, 3), 0, np.arange(10), 8)
+    table = moves(Augmentation(flip=True, shift=2, cutout=3), 0, 0, np.arange(10), 8)
     out = moved(images, table, 3, lut)
     for i in range(10):
         assert np.array_equal(out[i], reference(images[i], table[i].tolist(), 3, lut))
@@ -118,7 +127,7 @@ def test_gray_images_have_one_channel() -> None:
 @pytest.mark.parametrize(("side", "shift"), [(9, 0), (13, 4), (13, 9)])
 def test_a_crop_moves_inside_the_stored_image_and_a_shift_shows_black_only_outside_of_it(side: int, shift: int) -> None:
     images, lut = images_of(60, size=side), lookup_table(MEAN, STD, "float32")
-    table = moves(Augmentation(3, True, shift, 2), 4, np.arange(60), 8, side)
+    table = moves(Augmentation(flip=True, shift=shift, cutout=2), 3, 4, np.arange(60), 8, side)
     out = moved(images, table, 2, lut, size=8)
     for i in range(60):
         assert np.array_equal(out[i], reference(images[i], table[i].tolist(), 2, lut, size=8))
@@ -144,7 +153,10 @@ def test_one_channel_of_three_is_luma_and_equal_channels_are_that_value() -> Non
 
 
 def test_gray_pixels_move_as_coloured_ones_do() -> None:
-    images, table = images_of(40, size=11), moves(Augmentation(5, True, 4, 3), 1, np.arange(40), 8, 11)
+    images, table = (
+        images_of(40, size=11),
+        moves(Augmentation(flip=True, shift=4, cutout=3), 5, 1, np.arange(40), 8, 11),
+    )
     lut = lookup_table((0.5,), (0.25,), "float32")
     weighed = images.astype(np.int64) @ np.array([19595, 38470, 7471])
     gray = ((weighed + 32768) // 65536).astype(np.uint8)[..., None]
@@ -226,13 +238,13 @@ def test_any_map_samples_as_fractions_do(channels: int) -> None:
 def test_maps_of_whole_pixels_give_the_bits_of_the_fast_way() -> None:
     images = images_of(60, size=11)
     for shift in (0, 3, 20):
-        augmentation = Augmentation(3, True, shift, affine=(0.0, 0.0, 0.0, 0.0))
-        decisions = decide(augmentation, 4, np.arange(60), 8, 11)
+        augmentation = Augmentation(flip=True, shift=shift, affine=(0.0, 0.0, 0.0, 0.0))
+        decisions = decide(augmentation, 3, 4, np.arange(60), 8, 11)
         assert decisions.maps is not None
         assert np.array_equal(sampled(images, decisions.maps, 8), moved(images, decisions.moves, 0, BYTES, size=8))
         gray = moved(images, decisions.moves, 0, BYTES[:1], size=8)
         assert np.array_equal(sampled(images, decisions.maps, 8, channels=1), gray)
-    whole = decide(Augmentation(3, True, scale=(1.0, 1.0)), 4, np.arange(60), 11)
+    whole = decide(Augmentation(flip=True, scale=(1.0, 1.0)), 3, 4, np.arange(60), 11)
     assert whole.maps is not None
     assert np.array_equal(sampled(images, whole.maps, 11), moved(images, whole.moves, 0, BYTES))
 
@@ -292,11 +304,99 @@ def test_partners_are_blended_and_exchange_rectangles_as_worked_out_by_hand() ->
     assert mixed(0, 0, 0, 2, 2) == [second, first]
 
 
+# -- shrinking ---------------------------------------------------------------------------------------------------------
+
+
+def shrunk_by_hand(image: Pixels, small: int) -> Pixels:
+    """Each pixel that comes out is the exact mean of the square that it covers, in fractions; halves are rounded up."""
+    side, _, depth = image.shape
+    step = Fraction(side, small)
+
+    def overlaps(at: int) -> list[tuple[int, Fraction]]:
+        low, high = at * step, (at + 1) * step
+        lengths = ((j, min(high, Fraction(j + 1)) - max(low, Fraction(j))) for j in range(side))
+        return [(j, length) for j, length in lengths if length > 0]
+
+    out = np.zeros((small, small, depth), np.uint8)
+    for y in range(small):
+        for x in range(small):
+            for c in range(depth):
+                total = sum(a * b * int(image[j, i, c]) for j, a in overlaps(y) for i, b in overlaps(x))
+                out[y, x, c] = floor(total / step**2 + Fraction(1, 2))
+    return out
+
+
+def shrunk(images: Pixels, small: int) -> Pixels:
+    count, _, _, depth = images.shape
+    guarded = np.full((count + 2, small, small, depth), 7, np.uint8)
+    shrink_pixels(images, guarded[1:-1])
+    assert (guarded[0] == 7).all()
+    assert (guarded[-1] == 7).all()
+    return guarded[1:-1]
+
+
+GOLDEN = {16: "564532a8244db1fa", 24: "3f8bcd4a4941ae84", 28: "e49eb7d76163397d"}
+SIZES = [(32, 24), (32, 28), (32, 16), (17, 5), (9, 8), (7, 1), (6, 6)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("size", "small"), SIZES)
+def test_a_shrunken_pixel_is_the_mean_of_the_area_that_it_covers(size: int, small: int, channels: int) -> None:
+    images = images_of(3, size=size, channels=channels)
+    images[2] = images[2] // 128 * 255  # black and white
+    out = shrunk(images, small)
+    for i in range(3):
+        assert np.array_equal(out[i], shrunk_by_hand(images[i], small))
+
+
+def test_pictures_are_shrunk_as_worked_out_by_hand() -> None:
+    square = np.array([[10, 20], [30, 41]], np.uint8).reshape(1, 2, 2, 1)
+    assert shrunk(square, 1).ravel().tolist() == [25]  # 25.25
+    assert shrunk(np.array([[1, 1], [2, 2]], np.uint8).reshape(1, 2, 2, 1), 1).ravel().tolist() == [2]  # 1.5: up
+    # three rows become two, each of one and a half: (2 x 30 + 60) / 3, (60 + 2 x 91) / 3 = 80.67
+    rows = np.array([30, 60, 91], np.uint8).reshape(1, 3, 1, 1).repeat(3, axis=2)
+    assert shrunk(rows, 2)[0, :, :, 0].tolist() == [[40, 40], [81, 81]]
+
+
+def test_the_largest_pictures_do_not_overflow() -> None:
+    white = np.full((1, 4096, 4096, 1), 255, np.uint8)
+    assert (shrunk(white, 4095) == 255).all()
+    white[0, ::2] = 0
+    assert (shrunk(white, 1) == 128).all()  # 127.5
+
+
+def test_golden_shrunken_pictures_never_change() -> None:
+    # as shrunk_by_hand has them
+    pictures = (key(0, Stream.SYNTHETIC, np.arange(4 * 32 * 32 * 3)) >> np.uint64(56)).astype(np.uint8)
+    seen = {
+        small: hashlib.sha256(shrunk(pictures.reshape(4, 32, 32, 3), small).tobytes()).hexdigest()[:16]
+        for small in (16, 24, 28)
+    }
+    assert seen == GOLDEN
+
+
+def test_rectangles_shrink_with_their_pictures_edge_by_edge() -> None:
+    # of 10 pixels to 4: edges at 2.5 and 3.75 of 0.4 pixels each; 0.4 x 3 = 1.2, 0.4 x 7 = 2.8; what is outside is lost
+    rectangles = np.array([[3, 0, 4, 10], [1, 1, 0, 5], [0, 5, 1, 9], [0, 0, 99, 99]], np.int32)
+    assert shrunk_rectangles(rectangles, 10, 4).tolist() == [[1, 0, 2, 4], [0, 0, 0, 2], [0, 2, 0, 2], [0, 0, 4, 4]]
+    assert shrunk_rectangles(rectangles, 10, 10).tolist() == rectangles.tolist()
+    # halves up: edges 1 and 3 of 4 pixels are 0.5 and 1.5 of 2
+    assert shrunk_rectangles(np.array([[1, 3, 2, 1]], np.int32), 4, 2).tolist() == [[1, 2, 1, 0]]
+
+
 # -- all together ------------------------------------------------------------------------------------------------------
 
 
 EVERYTHING = Augmentation(
-    9, True, 1, 2, (0.3, 0.9), (40.0, 0.1, 0.2, 10.0), (0.4, 0.5, 0.6), 0.5, mixup=0.4, cutmix=1.0
+    flip=True,
+    shift=1,
+    cutout=2,
+    scale=(0.3, 0.9),
+    affine=(40.0, 0.1, 0.2, 10.0),
+    jitter=(0.4, 0.5, 0.6),
+    erase=0.5,
+    mixup=0.4,
+    cutmix=1.0,
 )
 
 
@@ -317,7 +417,7 @@ def picture_by_hand(images: Pixels, d: Decisions, size: int, channels: int) -> n
         else:
             seen = reference(image, [*move[:3], 0, 0], 0, BYTES, size)
         shown.append([[[luma_by_hand(p)] if channels == 1 else p for p in line] for line in seen.tolist()])
-    for picture, factors in zip(shown, d.factors.tolist() if d.factors is not None else [], strict=False):
+    for picture, factors in zip(shown, d.tables["jitter"].tolist() if "jitter" in d.tables else [], strict=False):
         brightness, contrast, saturation = factors
         pixels = [pixel for line in picture for pixel in line]
         for pixel in pixels:
@@ -328,9 +428,8 @@ def picture_by_hand(images: Pixels, d: Decisions, size: int, channels: int) -> n
             pixel[:] = [blended(v, luma_by_hand(pixel), saturation) for v in list(pixel)]
     out = np.array(shown, np.int64)
     before = out.copy()
-    for i in range(len(images) if d.mixtures is not None else 0):
-        assert d.mixtures is not None
-        _, own, top, left, height, width = d.mixtures[i].tolist()
+    for i in range(len(images) if "mix" in d.tables else 0):
+        _, own, top, left, height, width = d.tables["mix"][i].tolist()
         if height:
             part = (slice(top, top + height), slice(left, left + width))
             out[i][part] = before[i ^ 1][part]
@@ -340,17 +439,20 @@ def picture_by_hand(images: Pixels, d: Decisions, size: int, channels: int) -> n
     for i in range(len(images)):
         top, left = d.moves[i, 3:].tolist()
         out[i, top : top + d.cutout, left : left + d.cutout] = -1
-        if d.erasures is not None:
-            top, left, height, width = d.erasures[i].tolist()
+        if "erase" in d.tables:
+            top, left, height, width = d.tables["erase"][i].tolist()
             out[i, top : top + height, left : left + width] = -1
     return out
 
 
-def written(images: Pixels, d: Decisions, size: int, lut: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def written(
+    images: Pixels, d: Decisions, size: int, lut: npt.NDArray[Any], small: int | None = None
+) -> npt.NDArray[Any]:
     count, side, _, depth = images.shape
-    out = np.full((count, size, size, len(lut)), 7, lut.dtype)
+    small = small or size
+    out = np.full((count, small, small, len(lut)), 7, lut.dtype)
     offsets = np.arange(count, dtype=np.uint64) * np.uint64(side * side * depth)
-    write_images(images.reshape(-1), offsets, side, depth, d, lut, out)
+    write_images(images.reshape(-1), offsets, side, depth, d, lut, out, size=size)
     return out
 
 
@@ -359,40 +461,67 @@ def written(images: Pixels, d: Decisions, size: int, lut: npt.NDArray[Any]) -> n
     "augmentation",
     [
         EVERYTHING,
-        Augmentation(9, True, 1, 2, scale=(0.3, 0.9)),
-        Augmentation(9, True, 1, affine=(40.0, 0.1, 0.2, 10.0)),
-        Augmentation(9, True, 2, jitter=(0.4, 0.5, 0.6)),
-        Augmentation(9, True, 0, 3, erase=0.5),
-        Augmentation(9, False, 1, 2, mixup=0.4),
-        Augmentation(9, False, 0, 0, cutmix=1.0),
+        Augmentation(flip=True, shift=1, cutout=2, scale=(0.3, 0.9)),
+        Augmentation(flip=True, shift=1, affine=(40.0, 0.1, 0.2, 10.0)),
+        Augmentation(flip=True, shift=2, jitter=(0.4, 0.5, 0.6)),
+        Augmentation(flip=True, cutout=3, erase=0.5),
+        Augmentation(shift=1, cutout=2, mixup=0.4),
+        Augmentation(cutmix=1.0),
     ],
     ids=["everything", "scale", "affine", "jitter", "erase", "mixup", "cutmix"],
 )
 def test_images_are_what_one_step_after_the_other_makes_of_them(augmentation: Augmentation, channels: int) -> None:
     images, size = images_of(20, size=10), 8
     lut = lookup_table(MEAN[:channels], STD[:channels], "float32")
-    decisions = decide(augmentation, 3, np.arange(100, 120), size, 10)
+    decisions = decide(augmentation, 9, 3, np.arange(100, 120), size, 10)
     by_hand = picture_by_hand(images, decisions, size, channels)
     wanted = np.stack([lut[c][by_hand[..., c]] for c in range(channels)], axis=-1)
     assert np.array_equal(written(images, decisions, size, lut), np.where(by_hand < 0, 0, wanted))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "augmentation",
+    [EVERYTHING, Augmentation(flip=True, shift=2, cutout=3), Augmentation(erase=1.0), Augmentation()],
+    ids=["everything", "moves", "erase", "nothing"],
+)
+def test_a_stage_shrinks_what_the_full_size_shows_and_its_rectangles(augmentation: Augmentation, channels: int) -> None:
+    images, size, small = images_of(20, size=10), 8, 5
+    lut = lookup_table(MEAN[:channels], STD[:channels], "float32")
+    decisions = decide(augmentation, 9, 3, np.arange(100, 120), size, 10)
+    bare = Decisions(decisions.moves, 0, decisions.maps, {n: t for n, t in decisions.tables.items() if n != "erase"})
+    out = written(images, decisions, size, lut, small)
+    for i, whole in enumerate(picture_by_hand(images, bare, size, channels)):
+        picture = shrunk_by_hand(whole.astype(np.uint8), small)
+        wanted = np.stack([lut[c][picture[..., c]] for c in range(channels)], axis=-1)
+        rectangles = [[*decisions.moves[i, 3:].tolist(), augmentation.cutout, augmentation.cutout]]
+        rectangles += [decisions.tables["erase"][i].tolist()] if "erase" in decisions.tables else []
+        for top, left, height, width in rectangles:
+            rows, columns = ((at, at + length) for at, length in ((top, height), (left, width)))
+            (first, last), (begin, end) = (
+                [floor(Fraction(edge * small, size) + Fraction(1, 2)) for edge in edges] for edges in (rows, columns)
+            )
+            wanted[first:last, begin:end] = 0
+        assert np.array_equal(out[i], wanted)
 
 
 def test_golden_pictures_never_change() -> None:
     # as the test above has them step by step; 8 keyed pictures of 10 x 10, seen at 8 x 8, bytes as they are
     pictures = (key(0, Stream.SYNTHETIC, np.arange(8 * 10 * 10 * 3)) >> np.uint64(56)).astype(np.uint8)
     asked = {
-        "flip, shift, cutout": Augmentation(0, True, 2, 3),
-        "scale": Augmentation(0, scale=(0.3, 0.9)),
-        "affine": Augmentation(0, affine=(40.0, 0.1, 0.2, 10.0)),
-        "jitter": Augmentation(0, jitter=(0.4, 0.5, 0.6)),
-        "erase": Augmentation(0, erase=0.5),
-        "mixup": Augmentation(0, mixup=0.4),
-        "cutmix": Augmentation(0, cutmix=1.0),
+        "flip, shift, cutout": Augmentation(flip=True, shift=2, cutout=3),
+        "scale": Augmentation(scale=(0.3, 0.9)),
+        "affine": Augmentation(affine=(40.0, 0.1, 0.2, 10.0)),
+        "jitter": Augmentation(jitter=(0.4, 0.5, 0.6)),
+        "erase": Augmentation(erase=0.5),
+        "mixup": Augmentation(mixup=0.4),
+        "cutmix": Augmentation(cutmix=1.0),
         "everything": EVERYTHING,
     }
     seen = {}
     for name, augmentation in asked.items():
-        out = written(pictures.reshape(8, 10, 10, 3), decide(augmentation, 0, np.arange(8), 8, 10), 8, BYTES)
+        decisions = decide(augmentation, 9 if name == "everything" else 0, 0, np.arange(8), 8, 10)
+        out = written(pictures.reshape(8, 10, 10, 3), decisions, 8, BYTES)
         seen[name] = hashlib.sha256(out.tobytes()).hexdigest()[:16]
     assert seen == {
         "flip, shift, cutout": "51193e7bba784e9e",
@@ -408,7 +537,7 @@ def test_golden_pictures_never_change() -> None:
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     images, lut = images_of(20, size=10), lookup_table(MEAN, STD, "bfloat16")
-    decisions = decide(EVERYTHING, 0, np.arange(20), 8, 10)
+    decisions = decide(EVERYTHING, 9, 0, np.arange(20), 8, 10)
     wanted = written(images, decisions, 8, lut)
     for images_of_a_block in (0, 3, 6, 19):
         monkeypatch.setattr("dtrain.data.pixels.BLOCK_BYTES", images_of_a_block * 8 * 8 * 3)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from warm import Warm
 
 from dtrain.config import TrainConfig
-from dtrain.data.loader import Batch
+from dtrain.data.batch import Batch
 from dtrain.keyed import Stream, torch_seed
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import LOSS_UNIT, Sums, Tally, no_sums, sums_of

@@ -450,9 +450,9 @@ def by_api(output: Path, cache: Path) -> dict[str, Any]:
     """Train by the Python API, then count by hand with the network that `load_network` gives."""
     import numpy as np
     import torch
+    from betons import loaded
 
     from dtrain import TrainConfig, load_network, train
-    from dtrain.data.dataset import load_dataset
 
     config = TrainConfig.of(
         arch=SMALL,
@@ -468,12 +468,7 @@ def by_api(output: Path, cache: Path) -> dict[str, Any]:
     )
     summary = train(config)
     network = load_network(output)
-    progress = load_dataset(config)
-    try:
-        while True:
-            next(progress)
-    except StopIteration as end:
-        data = end.value
+    data = loaded(config)
     flat = np.fromfile(data.evaluation.path, np.uint8)
     images = np.stack([flat[int(at) : int(at) + 32 * 32 * 3] for at in data.evaluation.pixel_offsets])
     pixels = images.reshape(-1, 32, 32, 3)[..., :1] / 255  # digits are gray

@@ -11,15 +11,16 @@ import torch
 
 from dtrain.commands.data import convert
 from dtrain.data.augment import Augmentation, decide
+from dtrain.data.batch import Request
 from dtrain.data.beton import Beton
-from dtrain.data.loader import Request, open_loader
+from dtrain.data.loader import open_loader
 from dtrain.data.pixels import lookup_table, write_images
 from dtrain.run.console import Console
 from dtrain.settings.data import Data
 from dtrain_bench.ratios import ratios, show
 
 BATCH = 500
-AUGMENTATION = Augmentation(seed=0, flip=True, shift=4, cutout=8)
+AUGMENTATION = Augmentation(flip=True, shift=4, cutout=8)
 
 
 def resident_rate(beton: Beton, batches: int) -> float:
@@ -30,7 +31,7 @@ def resident_rate(beton: Beton, batches: int) -> float:
     samples = np.arange(BATCH) % count
     started = time.perf_counter()
     for _ in range(batches):
-        decisions = decide(AUGMENTATION, 0, samples, size)
+        decisions = decide(AUGMENTATION, 0, 0, samples, size)
         out = np.empty((BATCH, size, size, 3), np.float32)
         write_images(flat, beton.pixel_offsets[samples], size, beton.channels, decisions, lut, out)
     return batches * BATCH / (time.perf_counter() - started)

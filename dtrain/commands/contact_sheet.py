@@ -1,4 +1,4 @@
-"""Pictures with captions on one sheet. Knows Pillow and nothing of runs."""
+"""Draws small pictures with captions on one sheet. Depends on Pillow alone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-COLUMNS = 8  # even, so that partners stand side by side
-SIDE = 128  # pixels of a tile at least; small pictures are enlarged by a whole number, which shows their pixels
+COLUMNS = 8  # an even number, so that the two images of a mixed pair stand side by side
+SIDE = (
+    128  # least side of a tile in pixels; smaller pictures are enlarged by a whole factor, so that pixels stay square
+)
 MARGIN, GAP, LINE = 24, 12, 17
 PAPER, INK, FAINT = (255, 255, 255), (28, 32, 38), (120, 128, 138)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture: uint8 [H, W, C] of 1 or 3 channels; lines below it in ink, and a note in gray."""
+    """One picture, uint8 [H, W, C] of 1 or 3 channels; the lines of its caption; and a last line in gray."""
 
     picture: npt.NDArray[np.uint8]
     lines: Sequence[str]
@@ -27,7 +29,7 @@ class Tile:
 
 
 def contact_sheet(title: str, subtitle: str, tiles: Sequence[Tile]) -> Image.Image:
-    """Draw tiles of one size in rows of COLUMNS. Costs a megabyte or so of memory for 32 small pictures."""
+    """Draw tiles, whose pictures have equal sizes, in rows of COLUMNS below a title. tiles: at least one."""
     title_font, font = _font(20), _font(13)
     pictures = [_enlarged(tile.picture) for tile in tiles]
     width, height = pictures[0].size
@@ -68,7 +70,7 @@ def _fitted(text: str, font: Font, width: int) -> str:
 
 
 def _font(size: int) -> Font:
-    """DejaVu knows most scripts that class names are written in; Pillow's own, which it lacks nowhere, is Latin."""
+    """DejaVu Sans if it is installed, since it has most scripts that class names are written in, else Pillow's font."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:

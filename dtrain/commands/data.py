@@ -1,4 +1,4 @@
-"""`dtrain data convert|inspect|verify|show`."""
+"""`dtrain data convert|inspect|verify|show`: convert a data set, look into a beton, check it, draw a training step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from dtrain.files import whole_file
 from dtrain.run.console import Console
 from dtrain.settings.data import Data
 
-LOOKED_AT = ("flip", "shift", "cutout", "scale", "affine", "jitter", "erase", "mixup", "cutmix")
-
 
 def convert(asked: Data) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
@@ -25,12 +23,12 @@ def convert(asked: Data) -> Generator[Progress, None, dict[str, Beton]]:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What a beton holds, as plain values. Raises DataError."""
+    """The facts about a beton, as JSON's types, after its structure has been checked. Raises DataError."""
     return _facts(open_beton(path))
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The same after every byte was checked. Raises DataError."""
+    """The facts about a beton after every byte has been checked. Reads the whole file. Raises DataError."""
     return {**_facts(verify_beton(path)), "sound": True}
 
 
@@ -59,22 +57,23 @@ def _facts(beton: Beton) -> dict[str, Any]:
 
 
 def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
-    """Draw at most `most` images of step `step`, from 1 as rows count, to the PNG file `out`, as they are trained on.
+    """Draw images of step `step` of a run to the PNG file `out`, as the network sees them, with their classes.
 
-    They come through the run's own loader, out of the global batch, and are taken back to pixels. Returns what was
-    drawn. Converts the data set if it must. Raises UsageError for a step that the run does not have, StorageError.
+    step: counted from 1, as in the rows of metrics.jsonl. most: how many images are drawn, the first ones of the global
+    batch. They come from the run's own loader, and their normalisation is undone. Returns a line that says what was
+    drawn. Converts the data set first where that is due. Raises UsageError for a step that the run does not have,
+    StorageError if the file cannot be written.
     """
-    import torch  # not needed by the others
+    import torch  # here, since the other verbs do without it
 
     from dtrain.commands.contact_sheet import Tile, contact_sheet
-    from dtrain.data.dataset import load_dataset
-    from dtrain.training import plan_of
-
-    dataset = Console(True).converting(load_dataset(config))
-    plan = plan_of(config, train_size=len(dataset.train_samples), image_size=dataset.image_size, world_size=1)
+    dataset = dataset_of(config, Console(True))
+    plan = plan_of(config, dataset, 1)
     if not 1 <= step <= plan.total_steps:
         raise UsageError(f"--step {step}: the run has steps 1 to {plan.total_steps}")
-    with dataset.train_loader(config, plan, 0, torch.float32, torch.device("cpu")) as loader:
+    augmentation = config.augmentation
+    feed = Feed(torch.float32, torch.device("cpu"), config.loader, config.mean, config.std)
+    with dataset.train_loader(plan, 0, augmentation, feed) as loader:
         batch = loader.batch(step - 1)
         pictures = loader.pixels(batch)[:most]
     names = dataset.train.class_names
@@ -82,10 +81,10 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
         Tile(picture, _names_of(label, names), f"sample {index}")
         for picture, label, index in zip(pictures, batch.labels.numpy(), batch.indices.tolist(), strict=False)
     ]
-    now = plan.at(step - 1)
-    title = f"{config.dataset}, step {step} of {plan.total_steps}, epoch {now.epoch + 1}"
-    size = f"{len(tiles)} of {now.batch_size} images, {now.image_size} x {now.image_size}"
-    sheet = contact_sheet(title, f"{size}; {_augmentation(config)}", tiles)
+    title = f"{config.data.dataset}, step {step} of {plan.total_steps}, epoch {plan.at(step - 1).epoch + 1}"
+    height, width = pictures.shape[1:3]
+    size = f"{len(tiles)} of {len(batch.indices)} images, {height} x {width}"
+    sheet = contact_sheet(title, f"{size}; {_told(augmentation)}", tiles)
     try:
         with whole_file(out) as part:
             sheet.save(part, "PNG")
@@ -95,19 +94,19 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
 
 
 def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
-    """The class, or both with their shares, the heavier one first."""
+    """The class of an image; of a mixed image both classes with their shares, the larger first."""
     if label.ndim == 0:
         return [names[int(label)]]
     order = np.argsort(-label, kind="stable")[:2]
     return [f"{names[i]} {100 * label[i]:.0f} %" for i in order if label[i] >= 0.005]
 
 
-def _augmentation(config: TrainConfig) -> str:
-    asked = []
-    for name in LOOKED_AT:
-        value = getattr(config, name)
+def _told(augmentation: Augmentation) -> str:
+    """The augmentations that are asked for, with their values."""
+    told = []
+    for name, value in vars(augmentation).items():
         if value is True:
-            asked.append(name)
+            told.append(name)
         elif value:
-            asked.append(f"{name} {','.join(f'{v:g}' for v in (value if isinstance(value, tuple) else (value,)))}")
-    return ", ".join(asked) or "no augmentation"
+            told.append(f"{name} {','.join(f'{v:g}' for v in (value if isinstance(value, tuple) else (value,)))}")
+    return ", ".join(told) or "no augmentation"

@@ -24,8 +24,8 @@ def dry_run(config: TrainConfig) -> None:
     """
     at, console = place(), Console(place().is_main)
     machine = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size)
-    dataset = console.converting(load_dataset(config))
-    plan = plan_of(config, train_size=len(dataset.train_samples), image_size=dataset.image_size, world_size=at.size)
+    dataset = dataset_of(config, console)
+    plan = plan_of(config, dataset, at.size)
     size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)
 
     def build(pixels: int) -> torch.nn.Module:
@@ -34,7 +34,9 @@ def dry_run(config: TrainConfig) -> None:
     with smallest_size_told(build, channels, plan.image_sizes[0]):
         module = build(size)
         for side in plan.image_sizes:
-            first_output(module, noise(config.seed, (2, channels, side, side), torch.float32), config.arch, classes)
+            shape, last = (2, channels, side, side), config.machine.channels_last
+            images = noise(config.run.seed, shape, torch.float32, channels_last=last)
+            first_output(module, images, config.network.arch, classes)
     optimizer = build_optimizer(config, module)
     parameters = sum(p.numel() for p in module.parameters())
     decayed = sum(p.numel() for p in module.parameters() if p.ndim >= 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
-from dtrain.data.dataset import DataSet, load_dataset
+from dtrain.data.dataset import DataSet, Feed, load_dataset
 from dtrain.errors import StorageError, UsageError
 from dtrain.model.metrics import Sums, no_sums
 from dtrain.model.network import build_module, wrap
@@ -56,7 +56,7 @@ def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, An
     kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else None
     machine = runtime.decide(config.machine, local_rank=0, local_world=1, kept=kept)
     runtime.apply(machine)
-    dataset = Console(False).converting(load_dataset(config))
+    dataset = dataset_of(config, Console(False))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
     results: dict[str, Any] = {}
     for weights, part in (("raw", "network"), ("ema", "ema")):
@@ -74,7 +74,10 @@ def _counts(
     module.load_state_dict(dict(tensors))
     network = wrap(module, config, machine, alone, moving_buffers=False)
     module.eval()
-    chunks = dataset.chunks(config, 0, 1, network.dtype, network.device)
+    feed = Feed(
+        network.dtype, network.device, config.loader, config.mean, config.std, config.channels_last, machine.threads
+    )
+    chunks = dataset.chunks(0, 1, feed, chunk_size=config.eval_batch_size)
     sums, hits = no_sums(network.device), torch.zeros(classes, dtype=torch.int64, device=network.device)
     with chunks.loader:
         for turn in range(chunks.rounds):

@@ -22,8 +22,10 @@ from torch import Tensor
 from dtrain import runtime
 from dtrain.commands.contact_sheet import Tile, contact_sheet
 from dtrain.config import TrainConfig
-from dtrain.data.dataset import DataSet, load_dataset
-from dtrain.data.loader import Batch, Loader
+from dtrain.data.augment import asked_of
+from dtrain.data.batch import Batch
+from dtrain.data.dataset import DataSet, Feed, load_dataset
+from dtrain.data.loader import Loader
 from dtrain.errors import StorageError, UsageError
 from dtrain.model.learner import Learner, learner_of
 from dtrain.model.network import build_module, wrap
@@ -108,7 +110,7 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     world_size = _processes_at(run, step) or int(resolved.get("world_size", 1))
     machine = runtime.decide(config.machine, local_rank=0, local_world=1, kept=resolved)
     runtime.apply(machine)
-    dataset = Console(False).converting(load_dataset(config))
+    dataset = dataset_of(config, Console(False))
     refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
     sizes = {"train_size": len(dataset.train_samples), "image_size": dataset.image_size}
     plan = plan_of(config, **sizes, world_size=world_size)
@@ -122,7 +124,7 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
     whole = plan_of(config, **sizes, world_size=1)
     network = learner.network
-    with dataset.train_loader(config, whole, 0, network.dtype, network.device) as loader:
+    with train_loader_of(config, dataset, whole, 0, feed_of(config, machine)) as loader:
         replayer = Replayer(config, plan, dataset, learner, state, loader, options)
         while replayer.state.step < step - 1:
             _, buffers = replayer.gradient(loader.batch(replayer.state.step))

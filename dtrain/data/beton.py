@@ -1,7 +1,7 @@
-"""Betons: FFCV's files, written and read with numpy alone. One file a split, checked before each use.
+"""Betons: files in FFCV's format, one for each split, written and read with numpy alone and checked before each use.
 
-Beside each stands a sidecar JSON with what the format has no place for. FFCV's own writer hangs on any error and does
-not give the same bytes twice.
+Beside each beton lies a JSON file, the sidecar, with the facts for which the format has no place. FFCV's own writer is
+not used: it waits for ever after any error, and does not give the same bytes twice.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from dtrain.data.pictures import BadPicture, Pixels, Source
 from dtrain.errors import DataError
 from dtrain.files import canonical_json, sha256_of, whole_file, write_json
 
-FORMAT = 3  # of the sidecar, and of everything else in a conversion that a new version of dtrain may change
-RAW_LIMIT = 4 << 30  # bytes of a split that are stored raw; a larger one is stored as JPEG
+FORMAT = 3  # version of the sidecar, and of all else in a conversion that a new version of dtrain may change
+RAW_LIMIT = 4 << 30  # bytes; a split whose pixels need more is stored as JPEG, others are stored raw
 JPEG_QUALITY = 95
-# ITU-R BT.601's luma of red, green and blue, in units of 2^-16 as Pillow has them; of R = G = B it is R
+# weights of red, green and blue in the luma of ITU-R BT.601, in units of 2^-16 as in Pillow; the luma of gray is itself
 LUMA = (19595, 38470, 7471)
 Block = list[Pixels | BadPicture]
 STORED = {"raw": RAW, "jpeg": JPEG}
 AGAIN = "remove the folder and convert the data set again"
+CHANGED = "leave the source as it is while it is converted, and run the command again"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is: images done of total, of one split; told: lines for people, once."""
+    """How far the conversion of one split has come, in images. told: lines to be shown to the user, each once."""
 
     split: str
     done: int
@@ -59,11 +60,14 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """One split, converted. labels: int64 [N]; pixel_offsets: uint64 [N], where each image's bytes begin in the file.
+    """One converted split.
 
-    stored: "raw" or "jpeg". mean, std: per channel in 0..1, of this split; gray_mean, gray_std: of its luma.
-    gray_images: how many have R = G = B everywhere. skipped: name and reason of what could not be decoded. digest: of
-    all that shapes numbers, of pixels, labels and these facts.
+    image_size: side of the stored pictures in pixels. channels: of the stored pictures. stored: "raw" or "jpeg".
+    labels: int64 [N]. pixel_offsets: uint64 [N], where in the file the bytes of each picture begin. mean, std: of this
+    split, for each channel, in 0..1; gray_mean, gray_std: those of its luma. gray_images: how many pictures have
+    R = G = B everywhere. skipped: name and reason of each picture that could not be decoded. passed_by: names of files
+    that are not pictures. sha256: of the file. digest: of all that can change a number of a run, which is the pixels,
+    the labels and these facts. source_digest: of what was converted.
     """
 
     path: Path
@@ -92,11 +96,12 @@ class Beton:
 def write_beton(
     path: Path, blocks: Iterable[Block], source: Source, split_name: str, *, raw_limit: int
 ) -> Iterator[Progress]:
-    """Write one split, whole or not at all, with its sidecar; yields progress.
+    """Write one split and its sidecar, completely or not at all; yields progress.
 
-    blocks: its pictures, uint8 [S, S, 3], in the labels' order; those that could not be decoded are left out. Streams:
-    one page in memory, and 24 bytes a sample. The same source gives the same bytes. Raises DataError for a stream that
-    is not what the split promised, and for a class that has no picture left.
+    blocks: its pictures, uint8 [S, S, 3], in the order of the labels; a BadPicture in the place of one is left out.
+    raw_limit: bytes of pixels up to which they are stored raw. The same source gives the same bytes. Holds one page and
+    some 50 bytes a sample in memory. Raises DataError if the stream is not what the split has promised, or if a class
+    has no picture left; OSError.
     """
     listed, size, where = source.splits[split_name].labels, source.image_size, f"{source.name}/{split_name}"
     mode = RAW if len(listed) * size * size * 3 <= raw_limit else JPEG
@@ -109,7 +114,7 @@ def write_beton(
             pages = _Pages(file, BEGIN + records.nbytes, size * size * 3)
             for block in blocks:
                 if done + len(block) > len(listed):
-                    raise DataError(f"{where}: {len(listed)} images were listed, {done + len(block)} came")
+                    raise DataError(f"{where}: {len(listed)} images were listed, {done + len(block)} came; {CHANGED}")
                 for number, pixels in enumerate(block, done):
                     if isinstance(pixels, BadPicture):
                         skipped.append((pixels.name, pixels.reason))
@@ -124,7 +129,7 @@ def write_beton(
                 done += len(block)
                 yield Progress(split_name, done, len(listed))
             if done != len(listed):
-                raise DataError(f"{where}: {len(listed)} images were listed, {done} came")
+                raise DataError(f"{where}: {len(listed)} images were listed, {done} came; {CHANGED}")
             records, table = records[:kept], table[:kept]
             _check_classes(source, split_name, listed, records["label"])
             end = pages.finish()
@@ -146,7 +151,7 @@ def write_beton(
             "passed_by": list(source.passed_by),
             "sha256": sha256_of(part),
         }
-        # before the beton: a beton without sidecar must not be, a sidecar without beton does no harm
+        # written before the beton gets its name: a beton without a sidecar must not exist, the opposite does no harm
         write_json(path.with_suffix(".json"), {**facts, "digest": _digest(facts), "source_digest": source.digest})
 
 
@@ -157,7 +162,7 @@ def _check_classes(source: Source, split_name: str, listed: Any, labels: Any) ->
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    """Of what shapes numbers. A file that is no picture may come and go beside them."""
+    """The digest of the facts that can change a number of a run; files that are not pictures cannot."""
     beside = ("digest", "source_digest", "passed_by")
     return hashlib.sha256(canonical_json({k: v for k, v in facts.items() if k not in beside})).hexdigest()
 
@@ -169,16 +174,16 @@ def _jpeg(pixels: Pixels) -> bytes:
 
 
 class _Pages:
-    """The pages of a file: of a power of two in bytes, as FFCV wants; what is added lies in one of them."""
+    """Writes the pages of a file. Their size is a power of two, as FFCV demands; no image lies in two of them."""
 
     def __init__(self, file: BinaryIO, head: int, largest: int) -> None:
         self.size = max(PAGE, 1 << (largest - 1).bit_length())
         self._file, self._begin = file, -(-head // PAGE) * PAGE
         self._page = bytearray()
-        file.seek(self._begin)  # the head is written last, when it is known what is in the file
+        file.seek(self._begin)  # what comes before is written last, when the content of the file is known
 
     def add(self, data: bytes) -> int:
-        """Where in the file `data` will lie."""
+        """Add the bytes of an image; returns where in the file they will lie. Raises DataError if they are too many."""
         if len(self._page) + len(data) > self.size:
             self.finish()
         if len(data) > self.size:
@@ -188,7 +193,7 @@ class _Pages:
         return at
 
     def finish(self) -> int:
-        """Write what is left; returns where the pages end."""
+        """Write the page that has been begun; returns where in the file the pages end."""
         if self._page:
             self._file.write(self._page.ljust(self.size, b"\0"))
             self._begin += self.size
@@ -197,7 +202,7 @@ class _Pages:
 
 
 class _Statistics:
-    """How often each value occurs in red, green, blue and luma: exact, whatever the order or number of images."""
+    """Counts of each value of red, green, blue and luma. They are exact, for any order and number of images."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((4, 256), np.int64)
@@ -213,7 +218,7 @@ class _Statistics:
         self.gray_images += int((colours == colours[..., :1]).all((1, 2, 3)).sum())
 
     def facts(self) -> dict[str, Any]:
-        """Means and deviations in 0..1, that of a channel that never changes being one to divide by."""
+        """Means and standard deviations in 0..1; the deviation is at least 1e-6, so that one can divide by it."""
         values = np.arange(256)
         pixels = self.counts[0].sum()
         mean = self.counts @ values / pixels / 255
@@ -230,10 +235,11 @@ class _Statistics:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_beton(path: Path) -> Beton:
-    """Check a beton's structure and return what it holds; its bytes too, on first use after it changed on disk.
+def open_beton(path: Path, *, verify: bool = True) -> Beton:
+    """Check the structure of a beton and return what it holds.
 
-    Raises DataError with the reason.
+    verify: also hash its bytes, on the first use after the file has changed; False where another process of this host
+    has just done so. Raises DataError with the reason.
     """
     facts = _sidecar(path)
     content = checked(path, AGAIN)
@@ -257,7 +263,8 @@ def open_beton(path: Path) -> Beton:
         told[name] = tuple(told[name])
     told["skipped"] = tuple((name, reason) for name, reason in told["skipped"])
     beton = Beton(path=path, labels=content.labels, pixel_offsets=content.positions, **told)
-    _verify_once(beton)
+    if verify:
+        _verify_once(beton)
     return beton
 
 
@@ -277,7 +284,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def verify_beton(path: Path) -> Beton:
-    """Structure and every byte of a beton. Raises DataError. Reads the whole file."""
+    """Check the structure and every byte of a beton; returns it. Reads the whole file. Raises DataError."""
     beton = open_beton(path)
     _verify(beton)
     return beton
@@ -289,7 +296,7 @@ def _verify(beton: Beton) -> None:
 
 
 def _verify_once(beton: Beton) -> None:
-    """Read every byte on the first use after a change of size or time, and remember that in a file beside it."""
+    """Check every byte if the file's size or time has changed since the last check, which a file beside it records."""
     stat = beton.path.stat()
     memo = beton.path.with_suffix(".verified")
     known = f"{stat.st_size} {stat.st_mtime_ns} {beton.sha256}"
@@ -297,5 +304,5 @@ def _verify_once(beton: Beton) -> None:
         if memo.read_text(encoding="ascii") == known:
             return
     _verify(beton)
-    with contextlib.suppress(OSError):  # a cache that cannot be written is verified again next time
+    with contextlib.suppress(OSError):  # in a cache that cannot be written, betons are checked again by each run
         memo.write_text(known, encoding="ascii")

@@ -1,8 +1,8 @@
-"""The cache: a folder of betons for each data set and each way to convert it; made once, whoever asks first.
+"""The cache: one folder of betons for each data set and each way to convert it, made by the first run that needs it.
 
-digits-0123456789ab/    the name, and a digest of the source and of what is asked of the conversion
-  train.beton           with train.json, and train.verified once its bytes were checked
-  test.beton
+digits-0123456789ab/    the name, and a digest of the source and of the settings of the conversion
+  train.beton           with train.json, and train.verified once its bytes have been checked
+  test.beton            likewise
   lock                  held by the process that converts
 """
 
@@ -28,14 +28,14 @@ from dtrain.errors import ProcessError, StorageError
 from dtrain.files import Lock, canonical_json, remove_partials
 
 SPLITS = ("train", "test")
-BLOCK = 16  # pictures that a thread decodes in one go: enough to hide its cost, few enough for files of many megabytes
-LARGEST_POOL = 8  # threads that decode; reading and writing is one thread's work and feeds no more
-NAMED = 5  # files that are told by name on the console
-CONVERSION_SECONDS = 3600.0  # that a process waits for another one's conversion
+BLOCK = 16  # pictures that a thread decodes as one task: many against the overhead, few against the use of memory
+LARGEST_POOL = 8  # threads that decode; the one thread that reads and writes cannot keep more of them busy
+NAMED = 5  # files that are named on the console
+CONVERSION_SECONDS = 3600.0  # how long a process waits for the conversion by another one
 
 
 def default_cache() -> Path:
-    """The user's cache folder for betons: $XDG_CACHE_HOME/dtrain or ~/.cache/dtrain."""
+    """The folder of the cache unless the user names one: $XDG_CACHE_HOME/dtrain, or ~/.cache/dtrain."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain"
 
 
@@ -46,15 +46,22 @@ def prepare(
     asked: Conversion | None = None,
     *,
     options: Mapping[str, str] | None = None,
+    found: Path | None = None,
     timeout_seconds: float = CONVERSION_SECONDS,
     raw_limit: int = RAW_LIMIT,
 ) -> Generator[Progress, None, dict[str, Beton]]:
-    """The betons of a data set by split, converted first if they are not in the cache; yields progress.
+    """The betons of a data set by split, converted first where they are not in the cache; yields progress.
 
-    options: of a named set, as text. Any number of processes may call it at once: whoever takes the lock converts, the
-    others wait for the lock and draw no conclusion from a missing file. Raises DataError, UsageError, StorageError (an
-    unwritable cache), ProcessError if another process holds the lock longer than `timeout_seconds`.
+    options: of a named data set, as text. Any number of processes may call it at once: whoever takes the lock converts, the others wait for the lock and draw
+    no conclusion from a missing file. found: the folder that another process of this host has returned for the same
+    arguments; its betons are opened at once, and neither the source nor every byte of the betons is read again. If they
+    are not there, as where each host has a cache of its own, `found` is ignored.
+    Raises DataError, UsageError, StorageError (a cache that cannot be written), ProcessError if another process holds
+    the lock longer than `timeout_seconds`. Costs, once, a walk or hash of the source; the conversion; a hash of the
+    betons after they have changed.
     """
+    if found is not None and all(path.exists() for path in _paths(found).values()):
+        return {split: open_beton(path, verify=False) for split, path in _paths(found).items()}
     asked = asked or Conversion()
     cache = cache_dir or default_cache()
     place = locate(dataset, data_dir, options)
@@ -63,13 +70,17 @@ def prepare(
         digest = digest_of(place, cache / f"{place.name}.digest")
         folder = cache / f"{place.name}-{_digest(digest, asked)[:12]}"
         folder.mkdir(exist_ok=True)
-        paths = {split: folder / f"{split}.beton" for split in SPLITS}
+        paths = _paths(folder)
         lock = Lock(folder / "lock")
         deadline = time.monotonic() + timeout_seconds
-        # a beton appears whole: if both are there no lock is needed, if one is missing only its holder may say so
+        # a beton appears under its name only when it is complete: if both are there, no lock is needed; if one seems to
+        # be missing, only the holder of the lock can be sure of it
         while not all(path.exists() for path in paths.values()) and not lock.acquire():
             if time.monotonic() > deadline:
-                raise ProcessError(f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s")
+                raise ProcessError(
+                    f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s; wait for its end "
+                    "and run the same command again, or end that process"
+                )
             time.sleep(0.05)
     except OSError as error:
         raise StorageError(f"the cache {cache}: {error.strerror}; name a writable one with --cache-dir") from None
@@ -81,8 +92,12 @@ def prepare(
         lock.release()
 
 
+def _paths(folder: Path) -> dict[str, Path]:
+    return {split: folder / f"{split}.beton" for split in SPLITS}
+
+
 def _digest(source_digest: str, asked: Conversion) -> str:
-    """Of what the bytes of a conversion follow from. What is cut out of them later is no part of it."""
+    """The digest of all that determines the bytes of a conversion. The size of what is cut out later does not."""
     stored = replace(asked, image_size=asked.stored_size, store_size=None)
     return hashlib.sha256(canonical_json({"format": FORMAT, "source": source_digest, **asdict(stored)})).hexdigest()
 
@@ -90,10 +105,11 @@ def _digest(source_digest: str, asked: Conversion) -> str:
 def convert(
     source: Source, folder: Path, bad_images: str = "stop", *, raw_limit: int = RAW_LIMIT
 ) -> Iterator[Progress]:
-    """Write every split of a source to `folder`; yields progress, draws nothing. Splits that are there are kept.
+    """Write every split of a source to `folder`; yields progress. A split that is already there is kept.
 
-    bad_images: stop raises BadPicture for the first one, skip leaves them out and tells. An error, a full disk or
-    Ctrl-C leaves no beton. Call it with the folder's lock held.
+    bad_images: "stop" raises BadPicture for the first picture that cannot be decoded; "skip" leaves such pictures out
+    and lists them. Raises StorageError, for a full disk too. After an error or Ctrl-C no incomplete beton is left. The
+    caller holds the folder's lock.
     """
     remove_partials(folder)
     for name, split in source.splits.items():
@@ -127,7 +143,7 @@ def _some(names: list[str]) -> str:
 
 
 def _checked(blocks: Iterable[Block], bad_images: str, bad: list[BadPicture]) -> Iterator[Block]:
-    """The same blocks; what cannot be decoded ends them, or is added to `bad`."""
+    """The same blocks. A picture that cannot be decoded is raised, or added to `bad` if such pictures are skipped."""
     for block in blocks:
         for picture in block:
             if isinstance(picture, BadPicture):
@@ -138,7 +154,7 @@ def _checked(blocks: Iterable[Block], bad_images: str, bad: list[BadPicture]) ->
 
 
 def _decoded(stream: Iterator[Decode]) -> Generator[Block, None, None]:
-    """The pictures of a stream in order, in blocks, decoded ahead by some threads while the caller reads and writes."""
+    """The pictures of a stream in order, in blocks, which threads decode ahead while the caller writes."""
     count = min(len(os.sched_getaffinity(0)), LARGEST_POOL)
     with quiet(), ThreadPoolExecutor(count, "dtrain-decode") as pool:
         ahead: deque[Future[Block]] = deque()

@@ -1,7 +1,8 @@
-"""Images out of a beton through FFCV: the only file that imports it.
+"""The reader that uses FFCV; the only file that imports it.
 
-FFCV maps the file and gathers what our indices name, in a thread of its own. Its order, sharding, random operations and
-seeds are not used. Its thread is replaced by one that ends when told to, and hands its error over.
+FFCV maps the file, and gathers or decodes in a thread of its own the images whose indices we give it. Its order,
+sharding, random operations and seeds are not used. Its thread is replaced by one that ends when it is told to, and that
+hands its error over to the caller.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dtrain.data.batch import Slot
 from dtrain.data.beton import Beton
-from dtrain.data.memory_reader import Slot
 
 POLL_SECONDS = 0.05
 
 
 @contextlib.contextmanager
 def _threads_kept() -> Iterator[None]:
-    """FFCV sets torch's and numba's thread counts, at import and for every loader; they are ours."""
+    """Restore the thread counts of torch and numba, which FFCV changes when it is imported and for every loader."""
     of_torch, of_numba = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -39,7 +40,7 @@ def _threads_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_typed_dict() -> Iterator[None]:
-    """FFCV compiles a numba dictionary while it is imported, for seconds, to hold three constants: a dict will do."""
+    """Give FFCV a plain dict for three constants: at import it would compile a numba dictionary, for seconds."""
     kept, numba.typed.Dict = numba.typed.Dict, dict
     try:
         yield
@@ -49,7 +50,7 @@ def _no_typed_dict() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """OpenCV, which FFCV imports, sets LD_LIBRARY_PATH and Qt's paths for every process that is started later."""
+    """Restore the environment: OpenCV, which FFCV imports, sets LD_LIBRARY_PATH and the paths of Qt in it."""
     kept = dict(os.environ)
     try:
         yield
@@ -67,7 +68,7 @@ with _threads_kept(), _environment_kept(), _no_typed_dict():
     from ffcv.pipeline.compiler import Compiler
 
 
-# decoding is the host's work; for CUDA it would make streams on device 0, whichever is this process's own
+# FFCV only decodes here, on the CPU; if it saw CUDA it would create streams on GPU 0, which may not be this process's
 epoch_iterator.IS_CUDA = False
 
 MAPPED = numba.types.Array(numba.uint8, 1, "C", readonly=True)
@@ -75,10 +76,10 @@ STATE = numba.types.Tuple([MAPPED, numba.uint64[::1], numba.uint64[::1]])  # typ
 
 
 def _compiled_reader(self: Any) -> Any:
-    """What finds an image's bytes in the mapped file, as FFCV has it, but of a type of its own.
+    """The function that finds an image's bytes in the mapped file, as FFCV has it, but with a type of its own.
 
-    FFCV makes numba's one and only type of uint8 arrays read-only, in place: every kernel of this process that was
-    compiled for that type then fails, as soon as it is compiled for another, with a KeyError.
+    FFCV marks numba's only type of uint8 arrays as read-only, in place. Every kernel of this process that has been
+    compiled for that type then fails with a KeyError as soon as it is compiled for another type.
     """
 
     def read(address: Any, state: Any) -> Any:
@@ -92,9 +93,10 @@ OSCacheManager.state_type = STATE
 OSCacheManager.compile_reader = _compiled_reader
 
 
-@functools.lru_cache(maxsize=4)  # FFCV compiles code for each, for a third of a second, at every jump and evaluation
+# cached, since FFCV compiles code for each loader, for a third of a second: at every jump and every evaluation
+@functools.lru_cache(maxsize=4)
 def _loader(path: str, sha256: str, largest: int) -> Any:
-    """FFCV's view of a beton. sha256: so that a file that took the place of another is opened anew."""
+    """FFCV's loader of a beton. sha256: part of the cache's key, so that a file that was replaced is opened anew."""
     return Loader(
         path,
         batch_size=largest,
@@ -103,13 +105,13 @@ def _loader(path: str, sha256: str, largest: int) -> Any:
         order=OrderOption.SEQUENTIAL,
         drop_last=False,
         batches_ahead=1,
-        seed=0,  # unused; without it FFCV draws one from numpy's global generator, which is the run's
+        seed=0,  # unused; without it FFCV would draw one from numpy's global generator, which belongs to the network
         pipelines={"image": [SimpleRGBImageDecoder()], "label": None},
     )
 
 
 class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
-    """FFCV's thread, fed by our batches. It stops within a batch when told to and keeps the error it died of."""
+    """FFCV's thread, fed with our batches of indices. It ends within a batch when it is told to; it keeps its error."""
 
     def __init__(self, loader: Any, batches: Iterator[npt.NDArray[np.uint64]]) -> None:
         self._ready = False
@@ -120,12 +122,12 @@ class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
         self.start()
 
     def start(self) -> None:
-        """Begin, but not already in FFCV's constructor, where the batches are not yet ours."""
+        """Start the thread; ignored in FFCV's constructor, where our batches have not been set yet."""
         if self._ready:
             threading.Thread.start(self)
 
     def run(self) -> None:
-        """Fill slot after slot; then, or on an error, say that nothing more comes."""
+        """Fill one slot after the other; at the end, or after an error, put None in the queue."""
         try:
             for number, indices in enumerate(self.iter_ixes):
                 slot = number % (self.loader.batches_ahead + 2)
@@ -143,9 +145,9 @@ class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
         return False
 
     def stop(self) -> None:
-        """End the thread and wait for it, at most for the batch that it is making."""
+        """End the thread and wait until it has ended, at most for the batch that it is making."""
         self.terminate_event.set()
-        with contextlib.suppress(Empty):  # it may wait for room
+        with contextlib.suppress(Empty):  # the thread may be waiting for room in the queue
             while True:
                 self.output_queue.get_nowait()
         self.join()
@@ -153,7 +155,7 @@ class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
 
 
 class FfcvReader:
-    """One stream of slots for given batches of sample indices; a slot is valid until the next is asked for."""
+    """A `Reader` by FFCV, of betons that are stored raw or as JPEG. A slot holds copies of the images of one batch."""
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
         with _threads_kept():
@@ -168,5 +170,5 @@ class FfcvReader:
             raise self._stream.error
 
     def close(self) -> None:
-        """Give the thread back."""
+        """End the thread."""
         self._stream.stop()

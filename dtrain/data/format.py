@@ -1,8 +1,8 @@
-"""FFCV's file format (1.0.2, version 2) as numpy types, and the check that every file goes through before it is used.
+"""The file format of FFCV 1.0.2 (format version 2) as numpy types, and the check of every file before it is used.
 
-Header; a descriptor for each field; a record for each sample (mode, width, height and position of its pixels; its
-label); pages of pixels or JPEG files; the table of allocations. FFCV itself crashes, hangs or gives wrong pixels on the
-damage that is refused here.
+A file consists of the header; a descriptor for each field; a record for each sample (its label, and the mode, width,
+height and position of its pixels); pages that hold pixels or JPEG files; and the table of allocations. Damage that is
+refused here makes FFCV itself crash, wait for ever or return wrong pixels.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("positi
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample", "<u8"), ("position", "<u8"), ("size", "<u8")])
 VERSION, INT_FIELD, IMAGE_FIELD = 2, 1, 2
-JPEG, RAW = 0, 1  # modes of an image
-PAGE = 2 << 20  # FFCV's smallest, so that small sets stay small
-BEGIN = HEADER.itemsize + 2 * FIELD.itemsize  # of the records
+JPEG, RAW = 0, 1  # modes in which an image is stored
+PAGE = 2 << 20  # bytes; the smallest page that FFCV allows, so that the files of small data sets stay small
+BEGIN = HEADER.itemsize + 2 * FIELD.itemsize  # where in the file the records begin
 
 Flat = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a file holds, by sample: labels int64 [N]; positions, sizes uint64 [N], in bytes; image: its records."""
+    """What a file holds, by sample.
+
+    labels: int64 [N]. positions, sizes: uint64 [N], where the pixels or the JPEG file of each sample begin, and their
+    length, in bytes. image: the records of the images, [N] IMAGE.
+    """
 
     labels: npt.NDArray[np.int64]
     positions: npt.NDArray[np.uint64]
@@ -42,7 +46,7 @@ class Content:
 
 
 def descriptors(names: tuple[str, ...] = ("image", "label"), types: tuple[int, ...] = (IMAGE_FIELD, INT_FIELD)) -> Any:
-    """The descriptors of two fields, [2] FIELD."""
+    """The descriptors of a file's two fields, [2] FIELD."""
     fields = np.zeros(2, FIELD)
     for field, number, name in zip(fields, types, names, strict=True):
         field["type"] = number
@@ -51,9 +55,10 @@ def descriptors(names: tuple[str, ...] = ("image", "label"), types: tuple[int, .
 
 
 def content_of(flat: Flat) -> Content:
-    """The content of a file with one image and one label a sample, in either order and under any names.
+    """The content of a file that has one image and one label a sample, in either order and under any names.
 
-    Raises ValueError with the reason for a file that is not whole or that contradicts itself.
+    flat: the bytes of the file. Raises ValueError with the reason if the file is incomplete or contradicts itself.
+    Reads the records and the tables, not the pixels.
     """
     if len(flat) < BEGIN:
         raise ValueError("too short to be a beton")
@@ -71,7 +76,9 @@ def content_of(flat: Flat) -> Content:
         raise ValueError("unfinished or cut short")
     records = flat[BEGIN:first].view(record)
     table = flat[table_at:].view(ALLOCATION)
-    table = table[np.argsort(table["sample"], kind="stable")]  # several writers append to it as they come
+    table = table[
+        np.argsort(table["sample"], kind="stable")
+    ]  # parallel writers append to it in the order in which they finish
     image = records["image"]
     if (table["sample"] != np.arange(count)).any() or (table["position"] != image["position"]).any():
         raise ValueError("its table of samples is damaged")
@@ -90,12 +97,15 @@ def content_of(flat: Flat) -> Content:
 
 
 def map_file(path: Path) -> Flat:
-    """A file's bytes, mapped; none for an empty file, which cannot be. Raises OSError."""
+    """The bytes of a file, mapped into memory (an empty array for an empty file, which cannot be mapped).
+
+    Raises OSError.
+    """
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
 
 
 def checked(path: Path, todo: str) -> Content:
-    """The content of a file. Raises DataError with the reason and `todo`."""
+    """The content of a file; see `content_of`. Raises DataError with the reason, and with `todo` as the advice."""
     try:
         return content_of(map_file(path))
     except OSError as error:

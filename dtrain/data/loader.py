@@ -1,7 +1,7 @@
-"""Batches: indices of step k -> reader -> augment -> a fresh Batch, made ahead in one thread.
+"""The loader: one thread makes batches ahead of time, each from its indices by a reader and the augmentation.
 
-Batch k does not depend on how it is reached: the thread runs ahead through the steps in order, and a jump closes and
-reopens it. Nothing of a loader needs saving.
+The batch of step k does not depend on how the loader came to it. The thread runs ahead through the steps in order, and
+a jump to another step starts it anew. So a checkpoint needs to hold nothing of a loader.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,46 +19,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtrain.data.augment import Augmentation, Decisions, decide, mixed_labels, undecided
+from dtrain.data.augment import Decisions, decide, mixed_labels, undecided
+from dtrain.data.batch import Batch, Reader, Request
 from dtrain.data.beton import LUMA, Beton
 from dtrain.data.memory_reader import MemoryReader
 from dtrain.data.pixels import lookup_table, write_images
 from dtrain.errors import DataError, UsageError
 from dtrain.keyed import Stream, key
+from dtrain.settings.augmentation import Augmentation
 
-AHEAD = 2  # batches that wait, ready: one to hide the making of the next, one for a slow one
+AHEAD = 2  # batches that are kept ready: one while the next is being made, one in reserve for when that takes longer
 POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Batch:
-    """images: [b, C, H, W] in channels-last memory, float32 or the autocast type, normalised.
-
-    labels: int64 [b], or shares of the K classes, float32 [b, K] with rows of sum 1, where images are mixed.
-    indices: int64 [b]. checksum: int64 [], of the indices and of all that was decided for each image, below b x 2^32;
-    the sum of those of all shares is that of the global batch. copied: on CUDA, what the current stream has to wait
-    for. Fresh memory: it may be kept.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    checksum: Tensor
-    copied: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a step's batch is made of: sample indices, int64 [b], and the epoch of their draws, None for none."""
-
-    indices: npt.NDArray[np.int64]
-    epoch: int | None
+OpenReader = Callable[[Beton, Iterator[npt.NDArray[np.int64]], int], Reader]  # file, sample numbers, largest batch
 
 
 class Loader:
-    """Batches by step; see `open_loader`. Use it from one thread; close it, or leave its `with` block.
+    """The batches of a run by step; made by `open_loader`, which explains the arguments.
 
-    reader: its class; told: its name for people, with the reason where it is not the one that was wanted.
+    To be used by one thread, and to be closed, or used in a `with` block. told: the reader's name for people, with the
+    reason if it is not the first choice. wait_seconds: how long `batch` has waited for batches so far.
     """
 
     def __init__(
@@ -67,34 +47,36 @@ class Loader:
         beton: Beton,
         request_at: Callable[[int], Request | None],
         *,
-        reader: Any,
+        reader: OpenReader,
         told: str,
         image_size: int,
         channels: int,
         augmentation: Augmentation | None,
+        seed: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         dtype: torch.dtype,
         device: torch.device,
+        channels_last: bool,
         kernel_threads: int,
         largest: int,
     ) -> None:
-        self._reader, self.told = reader, told
-        self.wait_seconds = 0.0  # spent in `batch`, waiting for one
-        self._beton, self._request_at, self._augmentation = beton, request_at, augmentation
+        self._open_reader, self.told = reader, told
+        self.wait_seconds = 0.0
+        self._beton, self._request_at, self._augmentation, self._seed = beton, request_at, augmentation, seed
         self._size, self._channels, self._mean, self._std = image_size, channels, mean, std
         self._lut = lookup_table(mean, std, str(dtype).removeprefix("torch."))
-        self._dtype, self._device, self._largest = dtype, device, largest
+        self._dtype, self._device, self._channels_last, self._largest = dtype, device, channels_last, largest
         self._pool = ThreadPoolExecutor(kernel_threads, "dtrain-kernel") if kernel_threads > 1 else None
         self._parts = kernel_threads
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch's
         self._ahead: _Ahead | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`. Steps in order are ready ahead of time; another step starts the reader anew.
+        """The batch of `step`. Consecutive steps are made ahead of time; any other step starts the reader anew.
 
-        Raises IndexError where there is none, and whatever the reader met. On CUDA the copy was queued on a stream of
-        its own and the current stream waits for it; the host does not.
+        Raises IndexError if there is no such step, and any error of the reader. On CUDA the batch is copied to the
+        device on a stream of its own, for which the current stream waits; the host does not wait for the copy.
         """
         started = time.perf_counter()
         if self._ahead is None or self._ahead.next_step != step:
@@ -103,7 +85,7 @@ class Loader:
         made = self._ahead.take()
         self.wait_seconds += time.perf_counter() - started
         if isinstance(made, Batch):
-            if made.copied is not None:  # this batch's own: those of the next ones are queued behind it
+            if made.copied is not None:  # the end of this copy; a wait for the stream would include later copies
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(made.copied)
                 for tensor in (made.images, made.labels, made.checksum):
@@ -115,36 +97,49 @@ class Loader:
         raise made
 
     def start(self, step: int) -> None:
-        """Open the reader, compile, and wait until the batch of `step` (or the error of its making) is ready."""
+        """Open the reader, compile the kernels, and wait until the batch of `step`, or its error, is ready."""
         self._stop()
         self._ahead = _Ahead(self, step)
         self._ahead.wait()
 
     def pixels(self, batch: Batch) -> npt.NDArray[np.uint8]:
-        """The bytes that a batch was normalised from, [b, H, W, C]; what was set to the mean shows it."""
+        """The pixels of a batch before it was normalised, uint8 [b, H, W, C]; blanked rectangles have the mean colour.
+
+        For people to look at. Copies the images to the host.
+        """
         images_NHWC = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
         values = (images_NHWC * np.array(self._std) + np.array(self._mean)) * 255
         pixels: npt.NDArray[np.uint8] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         return pixels
 
+    def use_device(self) -> None:
+        """Make this loader's GPU the calling thread's current one; else CUDA would use memory (0.5 GB) on GPU 0 too."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def batches_from(self, step: int) -> Iterator[Batch]:
-        """Make batches from `step` on, in the calling thread, without end or until there is none."""
-        wanted: list[Request] = []  # requests the reader has been given and that are not yet made
+        """Make the batches from `step` on in the calling thread, until `request_at` returns None."""
+        wanted: list[Request] = []  # those whose indices the reader has taken and whose batches have not been made
         count = len(self._beton.labels)
 
         def indices() -> Iterator[npt.NDArray[np.int64]]:
             at = step
             while (request := self._request_at(at)) is not None:
-                # for both readers: FFCV reads and writes stray memory past its ends, numpy takes -1 for the last
+                # checked here for all readers: FFCV reads or writes outside of its memory, numpy takes -1 for the last
                 if len(request.indices) > self._largest:
                     raise DataError(f"{self._beton.path}: {len(request.indices)} samples in a batch of {self._largest}")
                 if len(request.indices) and not 0 <= request.indices.min() <= request.indices.max() < count:
                     raise DataError(f"{self._beton.path}: a sample outside of its {count} was asked for")
+                if request.image_size is not None and not 1 <= request.image_size <= self._size:
+                    raise UsageError(
+                        f"--image-size {request.image_size}: images of {self._size} pixels can be shrunk to a size in "
+                        f"1..{self._size}; give one of these"
+                    )
                 wanted.append(request)
                 yield request.indices
                 at += 1
 
-        reader = self._reader(self._beton, indices(), self._largest)
+        reader = self._open_reader(self._beton, indices(), self._largest)
         try:
             for flat, offsets in reader:
                 yield self._make(flat, offsets, wanted.pop(0))
@@ -152,23 +147,23 @@ class Loader:
             reader.close()
 
     def _make(self, flat: npt.NDArray[np.uint8], offsets: npt.NDArray[np.uint64], request: Request) -> Batch:
-        size, channels, count = self._size, self._channels, len(request.indices)
+        size, small, count = self._size, request.image_size or self._size, len(request.indices)
         side, depth = self._beton.image_size, self._beton.channels
         if self._augmentation is not None and request.epoch is not None:
-            decisions = decide(self._augmentation, request.epoch, request.indices, size, side)
+            decisions = decide(self._augmentation, self._seed, request.epoch, request.indices, size, side)
         else:
             decisions = undecided(count, size, side)
         pin = self._copies is not None
-        # short types are written as their bits, which the kernel's table holds
+        # the kernel writes the bits of short types, from its table
         carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
-        images_NHWC = torch.empty((count, size, size, channels), dtype=carrier, pin_memory=pin)
+        images_NHWC = torch.empty((count, small, small, self._channels), dtype=carrier, pin_memory=pin)
         out = images_NHWC.numpy()
 
         def part(number: int) -> None:
-            # cut between pairs, so that partners stay together
+            # the cuts are between pairs, so that partners stay together
             first, end = (at * count // self._parts // 2 * 2 for at in (number, number + 1))
             cut = slice(first, end if number + 1 < self._parts else count)
-            write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut])
+            write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut], size=size)
 
         if self._pool is None:
             part(0)
@@ -180,21 +175,24 @@ class Loader:
         decided = key(0, Stream.CHECKSUM, request.epoch or 0, request.indices, *decisions.columns())
         checksum = torch.tensor(int((decided >> np.uint64(32)).sum()))
         if self._copies is None:
-            return Batch(images, labels, indices, checksum)
+            return Batch(self._laid_out(images), labels, indices, checksum)
         with torch.cuda.stream(self._copies):
             return Batch(
-                images.to(self._device, non_blocking=True),
+                self._laid_out(images.to(self._device, non_blocking=True)),
                 labels.pin_memory().to(self._device, non_blocking=True),
                 indices,
                 checksum.pin_memory().to(self._device, non_blocking=True),
-                self._copies.record_event(),  # last: arguments are evaluated in order
+                self._copies.record_event(),  # the last argument, and so recorded after the copies
             )
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images if self._channels_last else images.contiguous()
 
     def _labels(self, indices: npt.NDArray[np.int64], decisions: Decisions) -> npt.NDArray[Any]:
         labels = self._beton.labels[indices]
-        if decisions.mixtures is None:
+        if (mixtures := decisions.tables.get("mix")) is None:
             return labels
-        return mixed_labels(labels, decisions.mixtures, len(self._beton.class_names))
+        return mixed_labels(labels, mixtures, len(self._beton.class_names))
 
     def _stop(self) -> None:
         if self._ahead is not None:
@@ -202,7 +200,7 @@ class Loader:
             self._ahead = None
 
     def close(self) -> None:
-        """End every thread."""
+        """End every thread of the loader. May be called more than once."""
         self._stop()
         if self._pool is not None:
             self._pool.shutdown()
@@ -215,7 +213,7 @@ class Loader:
 
 
 class _Ahead:
-    """One thread that makes batches in order and holds AHEAD of them; ends with a batch, None, or an error."""
+    """A thread that makes batches in order and keeps AHEAD of them; after the last it gives None, or else its error."""
 
     def __init__(self, loader: Loader, step: int) -> None:
         self.next_step = step
@@ -227,6 +225,7 @@ class _Ahead:
     def _run(self, loader: Loader, step: int) -> None:
         batches = loader.batches_from(step)
         try:
+            loader.use_device()
             for batch in batches:
                 if not self._put(batch):
                     return
@@ -234,7 +233,7 @@ class _Ahead:
         except Exception as error:
             self._put(error)
         finally:
-            batches.close()  # type: ignore[attr-defined]  # a generator: gives the reader's thread back
+            batches.close()  # type: ignore[attr-defined]  # a generator; this closes the reader, which ends its thread
 
     def _put(self, item: Batch | Exception | None) -> bool:
         while not self._stopped.is_set():
@@ -258,8 +257,8 @@ class _Ahead:
         self._thread.join()
 
 
-def _chosen(kind: str) -> tuple[Any, str]:
-    """The class of the reader that auto, ffcv or memory comes to, and its name for people. Imports FFCV to know."""
+def _chosen(kind: str) -> tuple[OpenReader, str]:
+    """The reader that auto, ffcv or memory means here, and its name for people. Imports FFCV to see if it works."""
     if kind == "memory" or (kind == "auto" and importlib.util.find_spec("ffcv") is None):
         return MemoryReader, "memory"
     try:
@@ -286,16 +285,21 @@ def open_loader(
     dtype: torch.dtype,
     device: torch.device,
     largest: int,
+    seed: int = 0,
+    channels_last: bool = True,
     kernel_threads: int = 1,
 ) -> Loader:
-    """A loader of the batches that `request_at(step)` names, out of `beton`; None ends the stream.
+    """A loader of the batches that `request_at` asks for by step, made of the images in `beton`.
 
-    kind: auto (ffcv where it can be imported, else memory), ffcv or memory: equal bytes. image_size, channels: of what
-    comes out; of larger stored images a keyed crop where there is augmentation, else the middle; one channel out of
-    three is their luma. augmentation: for requests with an epoch. mean, std: in 0..1, one number, or one for each
-    channel that comes out or is stored. largest: images in the largest request. The first batch compiles the kernel
-    once a machine. Raises UsageError for ffcv where it cannot be imported, for JPEGs without it, and for more pixels
-    than are stored.
+    request_at: returns None past the last step; it is called in the loader's thread. kind: auto (ffcv if it can be
+    imported, else memory), ffcv or memory; all give equal bytes. image_size, channels: of the images that come out. If
+    larger pictures are stored, they are cropped: at a random place under augmentation, else in the middle. One channel
+    out of three is their luma. augmentation, seed: for requests with an epoch. mean, std: in 0..1, one number, or one
+    for each channel that comes out or is stored. dtype, device: of the images. largest: the most images in any request.
+    channels_last: memory layout of the images, else they are contiguous. kernel_threads: threads that move pixels;
+    bytes do not depend on it. The kernels are compiled with the first batch, once for each machine.
+    Raises UsageError for ffcv if it cannot be imported, for a beton of JPEGs without FFCV, and for an image size or
+    number of channels that is not stored.
     """
     reader, told = _chosen(kind)
     if reader is MemoryReader and beton.stored != "raw":
@@ -316,18 +320,23 @@ def open_loader(
         image_size=image_size,
         channels=channels,
         augmentation=augmentation,
+        seed=seed,
         mean=_per_channel(mean, channels),
         std=_per_channel(std, channels),
         dtype=dtype,
         device=device,
+        channels_last=channels_last,
         kernel_threads=kernel_threads,
         largest=largest,
     )
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One number for each channel. Gray's are those of the colours as luma weighs them: the mean to the dot, the
-    deviation if the colours vary together, which they do in gray images exactly and in photographs nearly."""
+    """One number for each channel that comes out.
+
+    For gray, the numbers of the three colours are averaged with the weights of the luma. That is exact for the mean,
+    and for the deviation where the three colours vary together: exactly so in gray images, nearly so in photographs.
+    """
     if channels == 1 < len(values):
         return (sum(weight * value for weight, value in zip(LUMA, values, strict=True)) / 65536,)
     return values * channels if len(values) == 1 else values

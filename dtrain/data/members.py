@@ -1,8 +1,9 @@
-"""Folders and tars: `train/CLASS/FILE` and `test/CLASS/FILE` (or `val/`; `test/` wins where both are there).
+"""Folders and tars as sources: `train/CLASS/FILE` and `test/CLASS/FILE`, or `val/` in the place of `test/`.
 
-A tar is streamed, never extracted, in the order of its members; a folder is read in sorted order. One file is in memory
-at a time, and of each only its label is kept. What is hidden or elsewhere is passed by, and so is a file whose ending
-is of no picture (README.txt, Thumbs.db) if it is none; the latter is told.
+If there are both, `test/` is used. A tar is streamed in the order of its members and never extracted; a folder is read
+in sorted order. One file at a time is in memory, and only its label is kept. Hidden files and files elsewhere are
+ignored. A file whose ending is not that of a picture (README.txt, Thumbs.db) is ignored too, unless it is a picture
+after all; such files are listed for the user.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dtrain.errors import DataError
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tar.xz")
 PARTS = ("train", "val", "test")
-HEAD = 1 << 20  # bytes by which a file with a strange ending is judged
+HEAD = 1 << 20  # bytes that are read of a file with an unknown ending, to see whether it is a picture
 Read = Callable[..., bytes]
 
 
@@ -44,20 +45,20 @@ def is_place(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Member:
-    """One file below train/, val/ or test/. read(n): its first n bytes, all without n."""
+    """One file below train/, val/ or test/. read(n): its first n bytes; read(): all of it."""
 
     part: str
     class_name: str
     name: str
-    is_picture: bool  # or taken for one: it may be damaged
+    is_picture: bool  # by its ending or its content; it may still be damaged
     read: Read
 
 
 def open_members(name: str, path: Path, digest: str, asked: Conversion) -> Source:
-    """A folder or tar as a source. Lists all members; reads those whose names or sizes leave a doubt.
+    """A folder or tar as a source. Lists all members, and reads the heads of some to learn their kind and their size.
 
-    Raises DataError for what cannot be a data set: no pictures, one class, a test class that train lacks, an empty
-    class, a link in a tar.
+    asked: if it names a size, no picture is read for its own. Raises DataError for what cannot be a data set: no
+    pictures, a single class, a class in test/ that train/ lacks, an empty class, a link in a tar.
     """
     listing = _Listing(path, sniff=asked.stored_size is None)
     held_out = "test" if listing.classes["test"] else "val"
@@ -79,7 +80,7 @@ def open_members(name: str, path: Path, digest: str, asked: Conversion) -> Sourc
 
 
 class _Listing:
-    """What a folder or tar holds. Of each picture a number is kept, that of its class in order of appearance."""
+    """What a folder or tar holds. Classes are numbered as they appear; of each picture only this number is kept."""
 
     def __init__(self, path: Path, *, sniff: bool) -> None:
         self.path = path
@@ -88,7 +89,7 @@ class _Listing:
         self.passed_by: list[str] = []
         pictures = self._pictures()
         with quiet():
-            # heads are read until one rules out a size of their own: of photographs the first
+            # pictures are read until one shows that not all are equal squares: for photographs this is the first one
             self.size = common_size(filter(None, (size_of(m.read()) for m in pictures))) if sniff else 0
             for _ in pictures:
                 pass
@@ -103,7 +104,7 @@ class _Listing:
                 self.passed_by.append(member.name)
 
     def class_names(self, held_out: str) -> tuple[str, ...]:
-        """Sorted. Raises DataError where train/ and the part that is held out are no data set."""
+        """The class names, sorted. Raises DataError if train/ and the `held_out` part do not form a data set."""
         train, other = set(self.classes["train"]), set(self.classes[held_out])
         if not train or not other:
             found = ", ".join(f"{len(self.classes[part])} in {part}/" for part in PARTS)
@@ -122,12 +123,15 @@ class _Listing:
 
 @functools.cache
 def _endings() -> frozenset[str]:
-    """Of the files that Pillow reads, and none at all."""
+    """The endings of the files that Pillow can read, and "" for no ending at all."""
     return frozenset({"", *(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN)})
 
 
 def members(path: Path) -> Iterator[Member]:
-    """Every file below train/, val/ and test/ that is not hidden, in a fixed order. Raises DataError."""
+    """Every file below train/, val/ and test/ that is not hidden, in a fixed order.
+
+    Raises DataError for a picture that does not lie in a class, and for a folder or tar that cannot be read.
+    """
     for parts, read in _tar_files(path) if path.is_file() else _folder_files(path):
         if parts[0] not in PARTS or any(part.startswith(".") for part in parts):
             continue
@@ -139,7 +143,7 @@ def members(path: Path) -> Iterator[Member]:
 
 
 def shown(name: str) -> str:
-    """A file's name as text on one line: bytes that are not UTF-8 and characters that do not print are spelled out."""
+    """The name of a file as text on one line, with escapes for bytes that are not UTF-8 and for control characters."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
@@ -149,14 +153,14 @@ def shown(name: str) -> str:
 
 
 def stats_of(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size in bytes and time of change in ns of every file that `members` reads, sorted."""
+    """Name, size in bytes and modification time in ns of every file that `members` reads, sorted."""
     for parts, path in _walk(folder):
         stat = path.stat()
         yield shown("/".join(parts)), stat.st_size, stat.st_mtime_ns
 
 
 def _walk(folder: Path) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """The files below train/, val/ and test/ that are not hidden; links are followed, here as in torchvision."""
+    """The files below train/, val/ and test/ that are not hidden. Links are followed, as in torchvision."""
     for root, folders, names in os.walk(folder, followlinks=True):
         here = Path(root).relative_to(folder).parts
         folders[:] = sorted(name for name in folders if (here or name in PARTS) and not name.startswith("."))
@@ -165,7 +169,7 @@ def _walk(folder: Path) -> Iterator[tuple[tuple[str, ...], Path]]:
             raise DataError(f"{shown(root)}: an empty folder; fill or remove it")
         for name in names:
             path = Path(root, name)
-            if not path.is_file():  # reading a pipe would wait for ever
+            if not path.is_file():  # a read from a pipe would never end
                 raise DataError(f"{shown(str(path))}: neither a file nor a folder (a broken link, a device); remove it")
             yield (*here, name), path
 
@@ -179,21 +183,21 @@ def _read_file(path: Path, count: int = -1) -> bytes:
         with path.open("rb") as file:
             return file.read(count)
     except OSError as error:
-        raise DataError(f"{shown(str(path))}: cannot be read ({error.strerror}); mend or remove it") from error
+        raise DataError(f"{shown(str(path))}: cannot be read ({error.strerror}); repair or remove it") from error
 
 
 # --- tars
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile takes any header that is cut off or damaged, but the first, for the end of the archive."""
+    """A header of a tar that is refused if it is damaged: tarfile would take it for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
-            if bytes(buf) == bytes(tarfile.BLOCKSIZE):  # the end, as it should be
+            if bytes(buf) == bytes(tarfile.BLOCKSIZE):  # a block of zeros is the proper end
                 raise
             raise tarfile.ReadError(str(error)) from error
 
@@ -215,11 +219,11 @@ def _tar_files(path: Path) -> Iterator[tuple[tuple[str, ...], Read]]:
             file = tar.extractfile(info)
             return b"" if file is None else file.read(count)
 
-    named: set[tuple[str, ...]] = set()  # folders of classes
-    filled: set[tuple[str, ...]] = set()
+    named: set[tuple[str, ...]] = set()  # the folders of classes that the tar lists
+    filled: set[tuple[str, ...]] = set()  # and those that hold files
     with _readable(path), tarfile.open(path, tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a file
+            tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps a kilobyte for each file
             parts = PurePosixPath(info.name).parts
             if info.isdir():
                 if len(parts) == 2 and parts[0] in PARTS and not parts[1].startswith("."):

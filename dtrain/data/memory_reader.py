@@ -1,4 +1,4 @@
-"""Images out of a beton that is mapped into memory, without FFCV: the pages are shared by all processes of a host."""
+"""The reader without FFCV: it maps a beton into memory. The processes of a host share the pages of the file."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from dtrain.data.batch import Slot
 from dtrain.data.beton import Beton
-
-Slot = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]
 
 
 class MemoryReader:
-    """One stream of slots for given batches of sample indices; a slot is (flat uint8, where each image begins).
+    """A `Reader` of betons whose images are stored raw; `open_loader` gives it no others.
 
-    Of betons that are stored raw: `open_loader` lets no other come here.
+    A slot is the whole file, and where in it the images of the batch begin: nothing is copied here.
     """
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
@@ -27,4 +26,4 @@ class MemoryReader:
             yield self._flat, self._beton.pixel_offsets[indices]
 
     def close(self) -> None:
-        """Nothing runs, so nothing is to be ended."""
+        """Do nothing: this reader has no threads."""

@@ -1,7 +1,8 @@
-"""A pair of betons as a source: `train.beton`, and `test.beton` or `val.beton`, in a folder; by dtrain or by FFCV.
+"""A pair of betons as a source: a folder with `train.beton`, and `test.beton` or `val.beton`.
 
-They are read like any other source and converted into the cache, so that what trains is always of one kind. The files
-of FFCV's writer have no class names: without dtrain's sidecar the classes are called by their numbers.
+They may have been written by dtrain or by FFCV. They are read like any other source and converted into the cache, so
+that training always reads betons of one kind. Betons that FFCV has written hold no class names: without dtrain's
+sidecar file the classes are called by their numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ TRAIN, HELD_OUT = "train.beton", ("test.beton", "val.beton")
 
 
 def pair_in(folder: Path) -> tuple[Path, Path] | None:
-    """The two betons of a folder, None where it has no pair. Cheap."""
+    """The paths of the two betons in a folder, None if it has no pair. Cheap: looks for three files."""
     held_out = next((folder / name for name in HELD_OUT if (folder / name).is_file()), None)
     return (folder / TRAIN, held_out) if held_out is not None and (folder / TRAIN).is_file() else None
 
 
 def open_pair(name: str, pair: tuple[Path, Path], digest: str, asked: Conversion) -> Source:
-    """A pair as a source. Equal squares keep their size whatever it is. Raises DataError."""
+    """A pair of betons as a source. Pictures that are all equal squares keep their size, however large.
+
+    Raises DataError for files that are damaged, hold no images, or whose labels do not belong together.
+    """
     contents = [checked(path, "write it again") for path in pair]
     labels = [content.labels for content in contents]
     if not all(map(len, labels)):
@@ -48,18 +52,18 @@ def open_pair(name: str, pair: tuple[Path, Path], digest: str, asked: Conversion
 
 
 def _class_names(path: Path, lowest: int, highest: int) -> tuple[str, ...]:
-    """Those of the sidecar, else the numbers up to the highest label."""
+    """The class names in the sidecar file, or else the numbers from 0 to the highest label."""
     sidecar = path.with_suffix(".json")
     names = tuple(map(str, range(highest + 1)))
     if sidecar.is_file():
         try:
             names = tuple(map(str, json.loads(sidecar.read_text(encoding="utf-8"))["class_names"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{sidecar}: no class names can be read ({error}); mend or remove it") from None
+            raise DataError(f"{sidecar}: no class names can be read ({error}); repair or remove it") from None
     if lowest < 0 or highest >= len(names):
-        raise DataError(f"{path}: labels {lowest}..{highest} do not fit {len(names)} classes; write it again")
+        raise DataError(f"{path}: holds the labels {lowest}..{highest} but {len(names)} class names; write it again")
     if len(names) < 2:
-        raise DataError(f"{path}: has a single class; two or more are needed")
+        raise DataError(f"{path}: holds a single class; give a pair with two or more")
     return names
 
 

@@ -1,16 +1,20 @@
-"""Pictures: one rule from any file that Pillow reads to uint8 [S, S, 3], and what a source of them is.
+"""Pictures: the one rule by which any file that Pillow can read becomes uint8 [S, S, 3]; and what a source is.
 
-In this order, with whole numbers throughout, so that a file gives the same bytes on every machine with this Pillow:
+The rule has these steps. All of them use integer arithmetic, so a file gives the same bytes on every machine with the
+same version of Pillow.
 
-1. Of an animation or of several pages the first. What the file holds decides, not the ending of its name.
-2. 16 bits a channel: the upper 8, as Pillow itself does for colours. Floats and larger numbers are refused.
-3. 1-bit and palette images: the values they stand for. CMYK, YCbCr, LAB: Pillow's plain conversion; colour profiles
-   are not applied.
-4. Transparency (alpha, a colour key, palette entries) is laid over white, on which such pictures are mostly shown.
-5. Turned and mirrored as EXIF says.
-6. `crop`: the short side to S, the middle kept. `squash`: both sides to S. Bicubic, antialiased. S x S stays as it is.
+1. Of an animation, or of a file with several pages, the first one is taken. The content of the file decides what it is,
+   not the ending of its name.
+2. Of 16 bits a channel the upper 8 are kept, as Pillow itself does for colours. Floating-point values and larger
+   integers are refused.
+3. Pixels of 1-bit and palette images become the values they stand for. CMYK, YCbCr and LAB are converted by Pillow;
+   colour profiles are not applied.
+4. Transparency (an alpha channel, a transparent colour, transparent palette entries) is blended with white.
+5. The picture is rotated and mirrored as its EXIF data say.
+6. `crop` scales the shorter side to S and keeps the middle of the longer one; `squash` scales both sides to S. The
+   filter is bicubic with antialiasing. A picture of S x S stays as it is.
 
-Gray becomes R = G = B. A picture of more than 178,956,970 pixels is refused by Pillow as a possible decompression bomb.
+Gray becomes R = G = B. Pillow refuses pictures of more than 178,956,970 pixels, as a protection of the memory.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from dtrain.config import OWN_SIZE
 from dtrain.errors import DataError
@@ -32,9 +36,11 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 Decode = Callable[[], Pixels]
 
-PHOTOGRAPH_SIZE = 224  # what most published networks for photographs are trained at
+PHOTOGRAPH_SIZE = 224  # the image size at which most published networks for photographs are trained
 WHITE = 255
-TURNS = {  # EXIF's orientation, and what undoes it
+# EXIF's orientation, and the transposition that undoes it. ImageOps.exif_transpose also writes the EXIF data anew; that
+# fails for some files with odd entries, which can be turned all the same.
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,7 +52,7 @@ TURNS = {  # EXIF's orientation, and what undoes it
 
 
 class BadPicture(DataError):
-    """One picture that cannot be decoded; under `--bad-images skip` it is left out."""
+    """One picture that cannot be decoded. With `--bad-images skip` the conversion leaves it out instead of stopping."""
 
     def __init__(self, where: str, name: str, reason: str) -> None:
         super().__init__(
@@ -57,10 +63,11 @@ class BadPicture(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a source. labels: int64 [N], of all that is listed.
+    """One split of a source, such as the training set.
 
-    pictures(): a fresh stream of N functions in the labels' order, each of which gives its picture as uint8 [S, S, 3]
-    or raises BadPicture. The stream reads; the functions compute, and may be called in any thread.
+    labels: int64 [N], of every picture that is listed. pictures(): a new stream of N functions, in the order of the
+    labels, each of which returns its picture as uint8 [S, S, 3] or raises BadPicture. Iterating over the stream reads
+    the files; the functions only decode, and may be called in any thread.
     """
 
     labels: Labels
@@ -69,9 +76,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set that is not converted yet; splits always has "train" and "test".
+    """A data set that has not been converted yet. Its splits are "train" and "test".
 
-    image_size: side S of its pictures. digest: see `sources.digest_of`. passed_by: files that are no pictures.
+    image_size: the side S of its pictures, in pixels. digest: see `sources.digest_of`. passed_by: names of the files
+    that were ignored because they are not pictures.
     """
 
     name: str
@@ -83,9 +91,10 @@ class Source:
 
 
 def common_size(sizes: Iterator[tuple[int, int]], largest: int = OWN_SIZE) -> int:
-    """The side that pictures of these (width, height) keep if all are equal squares up to `largest`; else 224.
+    """The image size of a set of pictures, in pixels: their own side if all are equal squares of at most `largest`
+    pixels, else 224.
 
-    Asks for no more sizes than it takes to know.
+    sizes: (width, height) of each; it is read only as far as needed.
     """
     first = next(sizes, (0, 0))
     if not 0 < first[0] == first[1] <= largest or any(size != first for size in sizes):
@@ -94,7 +103,7 @@ def common_size(sizes: Iterator[tuple[int, int]], largest: int = OWN_SIZE) -> in
 
 
 def size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a picture, from its head alone; None for what is no picture."""
+    """Width and height of a picture in pixels, read from the head of the file; None if it is not a picture."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
@@ -103,7 +112,10 @@ def size_of(data: bytes) -> tuple[int, int] | None:
 
 
 def picture(where: str, name: str, data: bytes, size: int, resize: str) -> Pixels:
-    """The picture in a file's bytes, uint8 [size, size, 3], by the rule above. Raises BadPicture, naming it."""
+    """Decode the bytes of a file into uint8 [size, size, 3], by the rule above. resize: crop or squash.
+
+    where, name: how an error calls the data set and the file. Raises BadPicture.
+    """
     try:
         return fitted(_decoded(data, size), size, resize)
     except Exception as error:
@@ -113,13 +125,14 @@ def picture(where: str, name: str, data: bytes, size: int, resize: str) -> Pixel
 
 def _decoded(data: bytes, size: int) -> Image.Image:
     with Image.open(io.BytesIO(data)) as image:
-        # a large JPEG is halved while it is decoded, down to three times the size: several times faster, and the levels
-        # move by 0.5 on average, a third of what lies between bicubic and Lanczos (at twice the size: by 1.6)
+        # A large JPEG is decoded at a half, a quarter or an eighth of its size, but at three times the wanted size or
+        # more. This is several times faster. It changes values by 0.5 of 255 on average, a third of the difference
+        # between bicubic and Lanczos; at twice the wanted size it would be 1.6.
         image.draft(None, (3 * size, 3 * size))
         image.load()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except Exception:  # damaged EXIF turns nothing
+        except Exception:  # a picture with damaged EXIF data is not turned
             orientation = None
         plain = _over_white(_eight_bits(image))
     return plain.transpose(TURNS[orientation]) if orientation in TURNS else plain
@@ -137,7 +150,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """As mode L or RGB."""
+    """The image in mode L or RGB, transparency blended with white."""
     gray = image.mode in ("1", "L", "LA")
     if not image.has_transparency_data:
         return image.convert("L" if gray else "RGB")
@@ -147,13 +160,12 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: int, resize: str) -> Pixels:
-    """An image of mode L or RGB as uint8 [size, size, 3]."""
-    width, height = image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        kept = (left, top, left + side, top + side) if resize == "crop" else None
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=kept)
+    """An image of mode L or RGB as uint8 [size, size, 3], cropped or squashed to a square."""
+    square = (size, size)
+    if resize == "crop":
+        image = ImageOps.fit(image, square, Image.Resampling.BICUBIC)
+    else:
+        image = image.resize(square, Image.Resampling.BICUBIC)
     return np.asarray(image.convert("RGB"))
 
 
@@ -168,13 +180,13 @@ def gray(image: Pixels) -> Pixels:
 
 
 def from_array(pixels: Pixels, size: int, resize: str) -> Pixels:
-    """uint8 [H, W, 3] as uint8 [size, size, 3]: itself where that is its size."""
+    """A decoded picture, uint8 [H, W, 3], as uint8 [size, size, 3]; the array itself if it has that size."""
     return pixels if pixels.shape[:2] == (size, size) else fitted(Image.fromarray(pixels), size, resize)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow warns of odd EXIF, of palettes and of large pictures, a line each; what matters to us it raises."""
+    """Suppress Pillow's warnings about odd EXIF data, palettes and large pictures; what matters it raises as errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

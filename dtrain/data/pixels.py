@@ -1,9 +1,11 @@
-"""Pixels moved as `augment.py` has decided, by compiled kernels that take no lock of Python's.
+"""Carries out on pixels what `augment.py` has decided, by compiled kernels (numba) that release Python's global lock.
 
-`write_images` is the way in. Crop, shift, flip and cutout alone are one pass from stored bytes to normalised images;
-whatever else is asked goes through bytes in between, a block of images at a time so that they stay in the processor's
-cache. Normalisation is a table of 256 values a channel.
-Legend: n images, H, W, C channels of what comes out; stored images have a side and a depth (channels) of their own.
+`write_images` is the entry point. Crop, shift, flip and cutout alone are one pass from stored bytes to normalised
+images. Everything else goes through bytes in between, in blocks of images that stay in the processor's cache.
+Normalisation is a table of 256 values for each channel.
+
+Legend: n images; H, W, C: height, width and channels of what comes out. Stored pictures are squares with a side and a
+depth (number of channels) of their own.
 """
 
 from __future__ import annotations
@@ -14,18 +16,19 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from dtrain.data.augment import ONE, Decisions
+from dtrain.data.augment import ONE, RECORDS, Decisions, Place
 from dtrain.data.beton import LUMA
 
-HALF = ONE // 2  # added before a shift to the right it rounds
-BLOCK_BYTES = 256 << 10  # of images between two kernels; the usual second-level cache holds it
+HALF = ONE // 2  # added before a shift to the right, it rounds halves up
+BLOCK_BYTES = 256 << 10  # of the images that pass from kernel to kernel; fits the usual second-level cache
 
 
 def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
-    """What each byte becomes, [C, 256]: (v / 255 - mean) / std in float32, and that rounded to float16 or bfloat16.
+    """The normalised value of each byte, [C, 256]: (v / 255 - mean) / std in float32, or that rounded to a short type.
 
-    So a batch in a short type is the float32 batch, cast. The short types are carried as the uint16 of their bits:
-    numpy has no bfloat16, which is rounded to nearest even here, and numba's compiler no float16.
+    dtype: float32, float16 or bfloat16. Rounding is to nearest, ties to even, so a batch in a short type equals the
+    float32 batch after a cast. Short types are returned as their bits, in uint16, because numpy has no bfloat16 and
+    numba's compiler has no float16.
     """
     values: npt.NDArray[Any] = (
         (np.arange(256)[None, :] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
@@ -46,55 +49,74 @@ def write_images(
     decisions: Decisions,
     lut: npt.NDArray[Any],
     out: npt.NDArray[Any],
+    *,
+    size: int | None = None,
 ) -> None:
-    """Write augmented, normalised images. Touches nothing but `out`; images are independent but for partners.
+    """Write augmented, normalised images. Changes nothing but `out`; images depend on no others but their partners.
 
-    source: flat; offsets: [n], where each image of `side` x `side` x `depth` begins in it; lut: [C, 256] of
-    `lookup_table`; out: [n, H, W, C] of lut's type, overwritten whole. C is `depth`, or 1 out of 3: their luma.
+    source: flat bytes. offsets: [n], where each picture of `side` x `side` x `depth` begins in it. lut: [C, 256], from
+    `lookup_table`. out: [n, H, H, C] of lut's type, overwritten completely; C is `depth`, or 1 out of 3 for the luma.
+    size: the image size for which it was decided; where it is larger than H, whole pictures are shrunk to H. H if left
+    out.
     """
-    d = decisions
-    if d.maps is d.factors is d.mixtures is d.erasures is None:
+    d, (count, small, _, channels) = decisions, out.shape
+    size = size or small
+    if d.maps is None and not d.tables and size == small:
         move_pixels(source, offsets, side, depth, d.moves, d.cutout, lut, out)
         return
-    count, height, width, channels = out.shape
     bytes_as_they_are = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256)).copy()
-    per_block = max(1, BLOCK_BYTES // (height * width * channels) // 2) * 2  # even: partners stay together
-    images = np.empty((min(per_block, count), height, width, channels), dtype=np.uint8)
+    per_block = max(1, BLOCK_BYTES // (size * size * channels) // 2) * 2  # even, so that partners stay together
+    images = np.empty((min(per_block, count), size, size, channels), dtype=np.uint8)
+    shrunk = images if size == small else np.empty((len(images), small, small, channels), dtype=np.uint8)
     for first in range(0, count, per_block):
         block = slice(first, min(first + per_block, count))
-        here, now = d.of(block), images[: block.stop - first]
+        here, now, seen = d.of(block), images[: block.stop - first], shrunk[: block.stop - first]
         if here.maps is None:
             move_pixels(source, offsets[block], side, depth, here.moves, 0, bytes_as_they_are, now)
         else:
             sample_pixels(source, offsets[block], side, depth, here.maps, now)
-        if here.factors is not None:
-            jitter_pixels(here.factors, now)
-        if here.mixtures is not None:
-            mix_pixels(here.mixtures, now)
-        normalise_pixels(now, lut, out[block])
+        for record in RECORDS:
+            if record.place is Place.BYTES and record.name in here.tables:
+                globals()[record.kernel](here.tables[record.name], now)
+        if size != small:
+            shrink_pixels(now, seen)
+        normalise_pixels(seen, lut, out[block])
         if here.cutout:
             square = np.full((len(now), 2), here.cutout, dtype=np.int32)
-            blank_pixels(np.concatenate((here.moves[:, 3:5], square), axis=1), out[block])
-        if here.erasures is not None:
-            blank_pixels(here.erasures, out[block])
+            blank_pixels(shrunk_rectangles(np.concatenate((here.moves[:, 3:5], square), 1), size, small), out[block])
+        for record in RECORDS:
+            if record.place is Place.BLANK and record.name in here.tables:
+                blank_pixels(shrunk_rectangles(here.tables[record.name], size, small), out[block])
+
+
+def shrunk_rectangles(rectangles: npt.NDArray[np.int32], size: int, small: int) -> npt.NDArray[np.int32]:
+    """Rectangles of images of `size` pixels, int32 [n, 4] of top, left, height, width, in the same images at `small`.
+
+    What lies outside of the image is cut off; then the four edges are scaled and rounded, halves up.
+    """
+    if size == small:
+        return rectangles
+    corners, sides = rectangles[:, :2].astype(np.int64), rectangles[:, 2:]
+    begin, end = ((2 * small * np.minimum(edge, size) + size) // (2 * size) for edge in (corners, corners + sides))
+    return np.concatenate((begin, end - begin), axis=1).astype(np.int32)
 
 
 @njit(nogil=True, cache=True)
 def luma(red: Any, green: Any, blue: Any) -> int:
-    """The gray of a colour, rounded; of equal red, green and blue just that value."""
+    """The gray value of a colour, rounded. If red, green and blue are equal, it is the same value."""
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + HALF) >> 16  # type: ignore[no-any-return]  # of Any
 
 
 @njit(nogil=True, cache=True)
-def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one place for the compiler
+def move_pixels(  # noqa: C901 - one loop, so that the compiler sees all of it
     source: Any, offsets: Any, side: int, depth: int, moves: Any, cutout: int, lut: Any, out: Any
 ) -> None:
-    """Crop, shift, gray, flip, normalisation and cutout in one pass; see `write_images`. moves: of Decisions."""
+    """Crop, shift, gray, flip, normalisation and cutout in one pass; see `write_images`, and Decisions for moves."""
     n, height, width, channels = out.shape
     for i in range(n):
         base = np.int64(offsets[i])
         flip, dy, dx = moves[i, 0], np.int64(moves[i, 1]), np.int64(moves[i, 2])
-        # columns of the shifted image that have a source; none where the shift is wider than the image
+        # the columns of the shifted image that are stored; there are none if the shift is wider than the image
         low, high = min(width, max(0, -dx)), max(0, min(width, side - dx))
         for y in range(height):
             row = y + dy
@@ -128,10 +150,10 @@ def move_pixels(  # noqa: C901 - one pass over an image's rows, kept in one plac
 
 @njit(nogil=True, cache=True)
 def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, out: Any) -> None:
-    """Bytes from the places that `maps` (of Decisions) names, to the nearest 1/256 of a pixel, as bilinear mixes.
+    """Bytes sampled bilinearly at the places that `maps` gives (see Decisions), rounded to 1/256 of a pixel.
 
-    A place is inside of the image up to half a pixel from the middle of its outermost pixels, which go on to there;
-    beyond it is black. Whole numbers give what `move_pixels` gives.
+    The outermost pixels extend to half a pixel beyond their middle; outside of that everything is black. A map by whole
+    pixels gives the same bytes as `move_pixels`.
     """
     n, height, width, channels = out.shape
     end, last, line = side * 256 - 128, side - 1, side * depth
@@ -153,7 +175,7 @@ def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, o
                 to_right, down = px & 255, py & 255
                 both = to_right * down
                 weights = 65536 - ((to_right + down) << 8) + both, (to_right << 8) - both, (down << 8) - both, both
-                # unsigned: numba looks for places counted from the end otherwise, which halves the speed
+                # unsigned, since for signed indices numba checks for negative ones, which halves the speed
                 places = (
                     np.uint64(upper + left),
                     np.uint64(upper + right),
@@ -182,15 +204,19 @@ def _between(image: Any, places: Any, weights: Any, channel: Any) -> int:
 
 @njit(nogil=True, cache=True)
 def _blended(value: Any, other: Any, share: Any) -> int:
-    """`share` / ONE of a value and the rest of another, rounded and kept to a byte; the share may exceed 1."""
+    """The mixture of `share` / ONE of a value and the rest of another, rounded and clipped to 0..255.
+
+    The share may be larger than ONE.
+    """
     return min(max((value * share + other * (ONE - share) + HALF) >> 16, 0), 255)  # type: ignore[no-any-return]  # of Any
 
 
 @njit(nogil=True, cache=True)
 def jitter_pixels(factors: Any, images: Any) -> None:
-    """Brightness (against black), contrast (against the image's mean luma), saturation (against each pixel's luma).
+    """Change brightness, then contrast, then saturation, in place.
 
-    In place. factors: int32 [n, 3] in units of 1 / ONE; images: uint8 [n, H, W, C]; one channel has no saturation.
+    Each value is mixed with black, then with the mean luma of its image, then with the luma of its pixel. factors:
+    int32 [n, 3] in units of 1 / ONE. images: uint8 [n, H, W, C]; images of one channel have no saturation.
     """
     n, height, width, channels = images.shape
     tone = np.empty(256, np.int64)
@@ -223,7 +249,10 @@ def _luma_of(tone: Any, pixel: Any) -> int:
 
 @njit(nogil=True, cache=True)
 def mix_pixels(mixtures: Any, images: Any) -> None:
-    """Blend partners, or exchange a rectangle between them. In place. mixtures: of Decisions; n is even."""
+    """Blend the images of each pair, or exchange a rectangle between them, in place.
+
+    mixtures: int64 [n, 6], the table of the record "mix". images: uint8 [n, H, W, C] with n even.
+    """
     n, height, width, channels = images.shape
     for i in range(0, n, 2):
         own, top, left = mixtures[i, 1], mixtures[i, 2], mixtures[i, 3]
@@ -243,8 +272,44 @@ def mix_pixels(mixtures: Any, images: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
+def shrink_pixels(images: Any, out: Any) -> None:
+    """Whole pictures shrunk by area: each pixel of `out` is the mean of the part of the picture that it covers.
+
+    images: uint8 [n, S, S, C]; out: uint8 [n, s, s, C], s <= S <= 4096. In units of 1 / s of a pixel's side, output row
+    y covers [y S, (y + 1) S) and stored row j covers [j s, (j + 1) s); a weight is the length of the overlap, along
+    both axes. Weighted sums are integers, divided by S x S and rounded, halves up.
+    """
+    n, size, _, channels = images.shape
+    small = out.shape[1]
+    rows = np.empty(size * channels, np.int32)  # one row of `out`, before its columns are summed
+    area = np.int64(size) * size
+    half, inverse = area // 2, 1.0 / area
+    begin, end = np.empty(small, np.int64), np.empty(small, np.int64)  # of the stored rows or columns that each covers
+    for y in range(small):
+        begin[y], end[y] = y * size // small, ((y + 1) * size - 1) // small + 1
+    for i in range(n):
+        image = images[i].reshape(size, size * channels)
+        for y in range(small):
+            rows[:] = 0
+            for j in range(begin[y], end[y]):
+                weight = np.int32(min((y + 1) * size, (j + 1) * small) - max(y * size, j * small))
+                line = image[j]
+                for k in range(size * channels):
+                    rows[k] += weight * np.int32(line[k])
+            for x in range(small):
+                for c in range(channels):
+                    total = half
+                    for j in range(begin[x], end[x]):
+                        weight = min((x + 1) * size, (j + 1) * small) - max(x * size, j * small)
+                        total += np.int64(rows[j * channels + c]) * weight
+                    # total // area, exactly: total + 1/2 is at least 1 / (2 area) from the next multiple, which is more
+                    # than what a product in double precision loses below 2^33; several times faster than a division
+                    out[i, y, x, c] = np.uint8(np.int64((total + 0.5) * inverse))
+
+
+@njit(nogil=True, cache=True)
 def normalise_pixels(images: Any, lut: Any, out: Any) -> None:
-    """Bytes [n, H, W, C] through lut [C, 256] into out."""
+    """Write the values that lut [C, 256] gives for the bytes `images` [n, H, W, C] to `out`, of the same shape."""
     n, height, width, channels = images.shape
     for i in range(n):
         for y in range(height):
@@ -255,7 +320,10 @@ def normalise_pixels(images: Any, lut: Any, out: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def blank_pixels(rectangles: Any, out: Any) -> None:
-    """Set a rectangle of each image to the mean, which is 0. rectangles: [n, 4] of top, left, height, width."""
+    """Set a rectangle of each normalised image to the mean, which is 0.
+
+    rectangles: int32 [n, 4] of top, left, height, width in pixels; what lies outside of the image is ignored.
+    """
     n, height, width, channels = out.shape
     for i in range(n):
         top, left, high, wide = rectangles[i, 0], rectangles[i, 1], rectangles[i, 2], rectangles[i, 3]

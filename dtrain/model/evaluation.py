@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dtrain.data.loader import Batch
+from dtrain.data.batch import Batch
 from dtrain.model.metrics import Sums, no_sums
 from dtrain.model.network import Network
 from dtrain.model.step import eval_step

@@ -24,12 +24,12 @@ from dtrain.world import World
 LARGEST = 1024  # pixels: the largest square that is tried for a network that a smaller one does not fit
 
 
-def noise(seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-    """Keyed images for a rehearsal: (N, C, H, W) in [-1, 1), channels-last, the same on every process."""
+def noise(seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype, *, channels_last: bool = True) -> Tensor:
+    """Keyed images for a rehearsal: [N, C, H, W] in [-1, 1), the same on every process."""
     count = int(np.prod(shape))
     values = key(seed, Stream.REHEARSAL, np.arange(count, dtype=np.uint64)) >> np.uint64(40)
     images = torch.from_numpy((values.astype(np.float32) / 2.0**23 - 1.0).reshape(shape))
-    return images.to(dtype).contiguous(memory_format=torch.channels_last)
+    return images.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bool:

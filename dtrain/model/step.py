@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtrain.data.loader import Batch
+from dtrain.data.batch import Batch
 from dtrain.keyed import Stream, torch_seed
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import CHECKSUM, SKIPPED, Outcome, sums_of
