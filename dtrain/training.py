@@ -26,7 +26,7 @@ from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
 from dtrain.model.learner import learner_of
 from dtrain.model.metrics import Sums, Tally
-from dtrain.model.network import Network, build_module, chosen_architecture, wrap
+from dtrain.model.network import Network, build_module, chosen_architecture, mode_told, wrap
 from dtrain.model.nonfinite import GIVE_UP_STEPS, told
 from dtrain.model.optimization import chosen_optimizer, set_lr
 from dtrain.model.step import StepOptions, seed_step, train_step
@@ -386,6 +386,8 @@ class Training:
 
         with rehearsal.smallest_size_told(build, channels, size):
             module = build(size)
+            if (told_mode := mode_told(module, config.arch)) is not None:
+                self.console.warn(told_mode)
             # before DDP, which would hide a difference by sending rank 0's
             weights = rehearsal.digest_of(module.state_dict())
             self.world.same(weights, f"the initial network of architecture {config.arch}")

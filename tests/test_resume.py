@@ -125,6 +125,23 @@ def test_stopped_after_any_step_and_resumed_ends_with_the_same_bits(
     assert resumed == {f"at-{k}": straight for k in STOPS}
 
 
+def test_a_batch_norm_that_the_builder_froze_stays_frozen_over_evaluations_and_stops(
+    ranks: Warm, tmp_path: Path, cache: Path
+) -> None:
+    import torch
+
+    from dtrain import load_network
+
+    network = f"{Path(__file__).with_name('small_network.py')}:frozen_norm"
+    some = Runs(ranks, tmp_path, cache, "sgd", True, {"arch": network})  # evaluates after steps 2, 4 and 6
+    straight = some.go(1, [("straight", None), ("at-1", 1), ("at-3", 3), ("at-5", 5)])["straight"]
+    resumed = some.go(1, [("at-1", None), ("at-3", None), ("at-5", None)])
+    assert resumed == {"at-1": straight, "at-3": straight, "at-5": straight}
+    ended = load_network(tmp_path / "straight")
+    assert torch.equal(ended[1].running_mean, torch.zeros(8))  # as batch norm begins
+    assert not torch.equal(ended[5].running_mean, torch.zeros(16))
+
+
 def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Path) -> None:
     sgd = Runs(ranks, tmp_path / "sgd", cache, "sgd", False).go(1, [("run", None)])["run"]
     adam = Runs(ranks, tmp_path / "adam", cache, "adam", False).go(1, [("run", None)])["run"]

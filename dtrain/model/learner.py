@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
-from dtrain.model.network import Network, average_of
+from dtrain.model.network import Average, Network
 from dtrain.model.optimization import Packed, build_optimizer, pack, unpack
 
 
@@ -23,7 +22,7 @@ class Learner:
     network: Network
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: Average | None
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """The tensors, by part and name, as they stand (no copy): what a checkpoint's files hold."""
@@ -35,7 +34,7 @@ class Learner:
         return {
             "optimizer": pack(self.optimizer, self.network.module).scalars,
             "scaler": self.scaler.state_dict(),
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
         }
 
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: dict[str, Any]) -> None:
@@ -56,10 +55,11 @@ class Learner:
         self.scaler.load_state_dict(scaler)
         if self.ema is not None:
             self.ema.module.load_state_dict(dict(parts["ema"]))
-            self.ema.n_averaged.fill_(ema_updates)
+            self.ema.updates = ema_updates
 
 
 def learner_of(network: Network, config: TrainConfig) -> Learner:
     """The network with the optimizer, scaler and EMA that `config` asks for. Raises what `build_optimizer` raises."""
     scaler = torch.amp.GradScaler(network.device.type, enabled=network.dtype == torch.float16)
-    return Learner(network, build_optimizer(config, network.module), scaler, average_of(network.module, config.ema))
+    ema = Average(network.module, config.ema) if config.ema is not None else None
+    return Learner(network, build_optimizer(config, network.module), scaler, ema)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain import plugins
 from dtrain.config import TrainConfig
@@ -113,30 +113,50 @@ def wrap(module: nn.Module, config: TrainConfig, runtime: Runtime, world: World,
     return Network(module, trained, runtime.dtype(), device)
 
 
-class _Average(AveragedModel):
-    """torch's averaged model, updated without waiting for a GPU: torch sends it its count anew at every step."""
+def mode_told(module: nn.Module, arch: str) -> str | None:
+    """A line of warning where an architecture returns its whole network in evaluation mode, else None.
 
-    def update_parameters(self, model: nn.Module) -> None:
-        """The first time a copy; then the average of what is floating, and a copy of what counts. No host sync."""
-        pairs = list(zip(_values(self.module), _values(model), strict=True))
-        moving = [pair for pair in pairs if self.n_averaged and pair[0].is_floating_point()]
-        for average, current in pairs:
-            if not self.n_averaged or not average.is_floating_point():  # the count stays on the host
-                average.copy_(current)
-        if moving:
-            averages, currents = map(list, zip(*moving, strict=True))
-            self.multi_avg_fn(averages, currents, self.n_averaged)  # type: ignore[misc]  # given below
-        self.n_averaged += 1
-
-
-def _values(module: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
-
-
-def average_of(module: nn.Module, decay: float | None) -> AveragedModel | None:
-    """The EMA of a module's parameters and buffers (torch.optim.swa_utils), or None."""
-    if decay is None:
+    Modes are the builder's, module by module, and training keeps them: a frozen batch norm stays frozen.
+    """
+    if module.training:
         return None
-    function = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch's
-    average = _Average(module, multi_avg_fn=function, use_buffers=True)
-    return average.eval()
+    return (
+        f"architecture {arch} returns its network in evaluation mode: batch norm and dropout stay frozen as they are; "
+        "call .train() in the builder unless that is meant"
+    )
+
+
+class Average:
+    """The exponential moving average (EMA) of a module's parameters and buffers.
+
+    module: the averages, in a copy of the module that is in evaluation mode. updates: how many there were; the first
+    copies, each later one moves what is floating by `1 - decay` of the way to its value now, and copies what counts.
+    torch.optim.swa_utils computes the same, but reads its count from a tensor several times an update.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval()
+        self.updates = 0
+        self._decay = decay
+        self._parameters = list(zip(self.module.parameters(), module.parameters(), strict=True))
+        # by owner and name: a network may put another tensor in the place of a buffer, not in that of a parameter
+        found: dict[int, tuple[dict[str, Any], dict[str, Any], str]] = {}
+        for mine, its in zip(self.module.modules(), module.modules(), strict=True):
+            for name, buffer in its._buffers.items():
+                found.setdefault(id(buffer), (mine._buffers, its._buffers, name))  # a buffer of two modules counts once
+        self._buffers = list(found.values())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in what the module's values are now. No host sync; one launch or two for all tensors together."""
+        pairs: list[tuple[Any, Any]] = list(self._parameters)
+        pairs += [(mine[name], its[name]) for mine, its, name in self._buffers if its[name] is not None]
+        moved = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not self.updates or not pair[0].is_floating_point()]
+        if moved:
+            averages, currents = zip(*moved, strict=True)
+            torch._foreach_lerp_(averages, currents, 1 - self._decay)
+        if copied:
+            averages, currents = zip(*copied, strict=True)
+            torch._foreach_copy_(averages, currents)
+        self.updates += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from dtrain.ranges import flag_of
 
 # what a group says about how this machine computes, never about what: a resume keeps its own
 MACHINE_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
+TINY = 2.0**-100  # a gradient times this is a finite float32, and so is the norm of 2^50 of them
 
 
 def chosen_optimizer(config: TrainConfig) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
@@ -67,6 +69,40 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+@torch.no_grad()
+def clip(module: nn.Module, largest: float) -> None:
+    """Scale the gradients of `module` down, all alike, where their norm is larger than `largest`.
+
+    As torch's clip_grad_norm_, also where the norm of finite gradients is no finite float32, of which torch's makes
+    zeros. Gradients that are not finite themselves stay so. No host sync; three passes over the gradients.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not gradients:
+        return
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm64 = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).norm()
+    usual = norm.isfinite()
+    # in two factors, since their product may be too small for float32
+    first = torch.where(usual, 1.0, TINY)
+    then = torch.where(usual, (largest / (norm + 1e-6)).clamp(max=1.0), (largest / (norm64 * TINY)).float())
+    torch._foreach_mul_(gradients, first)
+    torch._foreach_mul_(gradients, then)
+
+
+def zero_new_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's SGD zeros for the momentum that its next step would begin.
+
+    Under float16 its fused kernel does nothing where a gradient overflowed, and leaves momentum that it has only just
+    allocated as it was in memory. Momentum from zeros is the first gradient, as torch begins. No host sync.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 @dataclass(frozen=True)
 class Packed:
     """An optimizer's state: tensors named `<parameter>/<key>`, and what is not a tensor."""
@@ -89,30 +125,41 @@ def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
 
 
 def unpack(optimizer: torch.optim.Optimizer, module: nn.Module, packed: Packed) -> None:
-    """Restore `pack`'s result into this optimizer, each tensor in its own parameter's strides.
+    """Restore `pack`'s result into this optimizer: each tensor in its own type and in its parameter's strides.
 
     Files keep no strides, and fused SGD and Adam silently give wrong weights where a momentum buffer is laid out
-    otherwise than its parameter. Raises StorageError where the groups are not those of this optimizer.
+    otherwise than its parameter; torch's `load_state_dict` casts what is not of the parameter's type.
+    Raises StorageError where the groups are not those of this optimizer.
     """
     groups = packed.scalars["groups"]
     if len(groups) != len(optimizer.param_groups):
         raise StorageError(
             f"the checkpoint's optimizer has {len(groups)} groups, this one {len(optimizer.param_groups)}"
         )
-    current = optimizer.state_dict()
-    names = {name: p for name, p in module.named_parameters()}
-    positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    state: dict[int, dict[str, Any]] = {}
+    merged = [
+        {**_lists_as_tuples(saved), **{key: mine[key] for key in MACHINE_KEYS if key in mine}}
+        for mine, saved in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    names = dict(module.named_parameters())
+    fused = {id(p): bool(g.get("fused") or g.get("capturable")) for g in merged for p in g["params"]}
+    state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
     for full_name, value in {**packed.tensors, **packed.scalars["state"]}.items():
         name, _, key = full_name.rpartition("/")
         if name not in names:
             raise StorageError(f"the checkpoint's optimizer has state for {name!r}, which this network lacks")
         parameter = names[name]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # the parameter's own strides
-        state.setdefault(positions[id(parameter)], {})[key] = value
-    merged = [{**mine, **_lists_as_tuples(saved)} for mine, saved in zip(current["param_groups"], groups, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": merged})
+        if isinstance(value, Tensor):
+            value = _placed(value, parameter, key, fused[id(parameter)])
+        state[parameter][key] = value
+    optimizer.__setstate__({"state": state, "param_groups": merged})
+
+
+def _placed(value: Tensor, parameter: Tensor, key: str, fused: bool) -> Tensor:
+    """A copy of `value` beside its parameter, laid out as that is where it has its shape."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    # torch's optimizers count steps on the host unless their kernel reads the count
+    return value.to(parameter.device if fused or key != "step" else "cpu", copy=True)
 
 
 def _lists_as_tuples(group: Mapping[str, Any]) -> dict[str, Any]:

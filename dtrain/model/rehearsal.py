@@ -33,11 +33,14 @@ def noise(seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Te
 
 
 def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bool:
-    """Whether the training output depends on float buffers: then every process must train with rank 0's.
+    """Whether the output in training depends on float buffers: then every process must train with rank 0's.
 
-    Batch norm's statistics do not; a layer that normalises by a running mean does. The module is left as it was.
+    In batch norm it does not depend on the statistics; in a layer that normalises by a running mean it does. Modules
+    in evaluation mode do not count: nothing moves their buffers, so that they stay equal on all processes. The module
+    is left as it was.
     """
-    floats = [b for b in module.buffers() if b.is_floating_point()]
+    moving = {id(b) for each in module.modules() if each.training for b in each.buffers(recurse=False)}
+    floats = {id(b) for b in module.buffers() if b.is_floating_point()} & moving
     if not floats:
         return False
     saved = [b.clone() for b in module.buffers()]
@@ -45,7 +48,7 @@ def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bo
     with torch.no_grad():
         for push in (0.0, 0.5):
             for buffer, value in zip(module.buffers(), saved, strict=True):
-                buffer.copy_(value + push if value.is_floating_point() else value)
+                buffer.copy_(value + push if id(buffer) in floats else value)
             torch.manual_seed(torch_seed(seed, Stream.REHEARSAL))
             output = module(images_NCHW)
             outputs.append(output[0] if isinstance(output, tuple) else output)

@@ -21,6 +21,7 @@ from dtrain.model.learner import Learner
 from dtrain.model.metrics import CHECKSUM, IMAGES, SKIPPED, Outcome, sums_of
 from dtrain.model.network import Network
 from dtrain.model.nonfinite import Before, gradients_not_finite, poisoned, state_tensors
+from dtrain.model.optimization import clip, zero_new_momentum
 from dtrain.plan import Plan
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss: Szegedy et al. 2015, "Going deeper with convolutions", section 5
@@ -133,14 +134,15 @@ def update(learner: Learner, options: StepOptions, buffers: Before) -> Tensor:
 def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> None:
     """Apply the gradient and put all back where `skipped`, a bool [] on the device, which is not read.
 
-    But for a run's first update: what the optimizer has only just made cannot be put back, it has to go again. The
-    EMA's own count goes on, of which only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
+    The exception is what the optimizer has only just made, in a run's first update or in the first one of parameters
+    that were frozen until now: it cannot be put back, so it has to go again, and there the device is waited for. The
+    EMA's own count goes on; only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
     """
     network, optimizer, ema = learner.network, learner.optimizer, learner.ema
     averages = [*ema.module.parameters(), *ema.module.buffers()] if ema is not None else []
     weights, states = list(network.module.parameters()), state_tensors(optimizer, network.device)
     before, known = Before([*weights, *states, *averages]), set(optimizer.state)
-    first_average = ema is not None and not ema.n_averaged
+    first_average = ema is not None and not ema.updates
     _apply(learner, clip_grad)
     before.put_back(skipped)
     state_tensors(optimizer, network.device)  # refuses what the first update put on the host
@@ -148,18 +150,20 @@ def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> 
         for parameter in set(optimizer.state) - known:
             del optimizer.state[parameter]
         if ema is not None and first_average:
-            ema.n_averaged.zero_()
+            ema.updates = 0
 
 
 def _apply(learner: Learner, clip_grad: float | None) -> None:
     module = learner.network.module
     if clip_grad is not None:
         learner.scaler.unscale_(learner.optimizer)
-        torch.nn.utils.clip_grad_norm_(module.parameters(), clip_grad)
+        clip(module, clip_grad)
+    if learner.scaler.is_enabled():
+        zero_new_momentum(learner.optimizer)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     if learner.ema is not None:
-        learner.ema.update_parameters(module)
+        learner.ema.update()
 
 
 @torch.no_grad()
