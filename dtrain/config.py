@@ -122,6 +122,23 @@ class TrainConfig:
         "weight decay, not applied to biases and norms [default: the optimizer's]",
         flags=("--weight-decay", "--wd"),
     )
+    freeze: tuple[str, ...] | None = setting(
+        None,
+        "Optimization",
+        "result",
+        "parameters that are not trained, by patterns for their names, comma-separated, such as 'stem.*'; with @EPOCH "
+        "not before that epoch: 'stem.*@3'. Batch norm in a frozen part keeps its statistics",
+    )
+    layer_decay: float | None = setting(
+        None,
+        "Optimization",
+        "result",
+        "factor in (0, 1] by which the learning rate of each layer is smaller than that of the next one towards the "
+        "classifier",
+    )
+    head_lr: float | None = setting(
+        None, "Optimization", "result", "peak learning rate of the classifier, in place of --lr"
+    )
     batch_size: int = setting(
         128, "Optimization", "result", "images in one step over all processes together", flags=("-b", "--batch-size")
     )

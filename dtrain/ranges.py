@@ -20,11 +20,13 @@ _POSITIVE = (
     "dist_timeout",
     "steps",
     "clip_grad",
+    "head_lr",
 )
 _NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "shift", "cutout", "threads", "keep", "seed")
 _INTERVALS = {  # name: (lowest, lowest allowed, highest, highest allowed)
     "momentum": (0.0, True, 1.0, False),
     "smoothing": (0.0, True, 1.0, False),
+    "layer_decay": (0.0, False, 1.0, True),
     "ema": (0.0, False, 1.0, False),
     "val_split": (0.0, False, 1.0, False),
     "stop_at_accuracy": (0.0, False, 1.0, True),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtrain import runtime
 from dtrain.config import TrainConfig
@@ -24,11 +24,12 @@ from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.errors import DivergedError, Stopped, StorageError
 from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
-from dtrain.model.learner import learner_of
+from dtrain.model.groups import Group, freeze, frozen_until, grouped
+from dtrain.model.learner import Learner, learner_of
 from dtrain.model.metrics import Sums, Tally
-from dtrain.model.network import Network, build_module, chosen_architecture, mode_told, wrap
+from dtrain.model.network import Network, build_module, chosen_architecture, layout, mode_told, wrap
 from dtrain.model.nonfinite import GIVE_UP_STEPS, told
-from dtrain.model.optimization import chosen_optimizer, set_lr
+from dtrain.model.optimization import Choice, build_optimizer, chosen_optimizer, set_lr
 from dtrain.model.step import StepOptions, seed_step, train_step
 from dtrain.plan import Plan, check_batch, make_plan
 from dtrain.run import checkpoint, trackers
@@ -103,8 +104,8 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     """Meet the others, decide what to compute with, and agree with them: rank 0's precision is everybody's."""
     world.meet()
     check_batch(config, at.size)  # what can be known is told before anything is downloaded or converted
-    chosen_architecture(config)
-    chosen_optimizer(config)
+    chosen_architecture(config.arch, config.arch_opt)
+    _optimizer(config)
     trackers.find(config.track)
     asked = runtime.decide(config, local_rank=at.local_rank, local_world=at.local_size)
     world.join(asked.backend)
@@ -134,7 +135,7 @@ class Training:
         self.dataset, self.split, self.stop_after = dataset, dataset.evaluation_split, stop_after
         for line in (*machine.why, *dataset.left_out, *plan.lines(config.lr)):
             console.line(line)
-        self.learner = learner_of(self._network(machine), config)
+        self.learner = learner_for(config, self._network(machine))
         self.network = self.learner.network
         self.options = StepOptions.of(config, plan)
         parameters = sum(p.numel() for p in self.network.module.parameters())
@@ -170,7 +171,8 @@ class Training:
                 batch = self.loader.batch(state.step)  # a function of (seed, step); prefetched
                 set_lr(learner.optimizer, plan.lr_factor(state.samples))
                 seed_step(config.seed, state.step, world.rank)  # torch, numpy, random: dropout and the like
-                self.tally += train_step(learner, batch, self.options)  # nothing is read here
+                epoch = plan.epoch_at(state.step)
+                self.tally += train_step(learner, batch, self.options, epoch)  # nothing is read here
                 state.advance(plan.batch_size_at(state.step))
                 ask = world.agreed(clock, state.step)  # signals and rank 0's clock: posted a step ago, read now
                 if state.step == self.stop_after:
@@ -379,10 +381,11 @@ class Training:
         """The network, rehearsed: what is wrong with it is told now."""
         config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
         classes = len(self.dataset.train.class_names)
-        noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32)
+        memory_format = layout(config.channels_last)
+        noise = rehearsal.noise(config.seed, (2, channels, size, size), torch.float32, memory_format)
 
         def build(pixels: int) -> nn.Module:
-            return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
+            return module_of(config, num_classes=classes, in_channels=channels, image_size=pixels)
 
         with rehearsal.smallest_size_told(build, channels, size):
             module = build(size)
@@ -391,14 +394,14 @@ class Training:
             # before DDP, which would hide a difference by sending rank 0's
             weights = rehearsal.digest_of(module.state_dict())
             self.world.same(weights, f"the initial network of architecture {config.arch}")
-            rehearsal.first_output(module, noise, config.arch, classes)
+            head = prepare(config, module, noise, classes)
         moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
         if moving:
             self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
-        network = wrap(module, config, machine, self.world, moving_buffers=moving)
+        network = network_of(config, machine, module, world_size=self.world.size, moving_buffers=moving, head=head)
         if config.compile:  # compiled for one shape: rehearse with the one that trains
             noise = noise.repeat(self.plan.micro_batch // 2 + 1, 1, 1, 1)[: self.plan.micro_batch]
-        images = noise.to(network.device, machine.dtype(), memory_format=torch.channels_last)
+        images = noise.to(network.device, machine.dtype(), memory_format=memory_format)
         rehearsal.rehearse(network, images, config.arch, classes, self.world)
         return network
 
@@ -438,6 +441,69 @@ class Training:
         return state
 
 
+def module_of(config: TrainConfig, **sizes: int) -> nn.Module:
+    """The module of a config's architecture for `num_classes`, `in_channels` and `image_size`, as `build_module`."""
+    return build_module(config.arch, config.arch_opt, seed=config.seed, **sizes)
+
+
+def network_of(
+    config: TrainConfig,
+    machine: runtime.Runtime,
+    module: nn.Module,
+    *,
+    world_size: int = 1,
+    moving_buffers: bool = False,
+    head: tuple[str, ...] = (),
+) -> Network:
+    """The module wrapped as a config and a machine ask for (`wrap`). Collective for more than one process."""
+    return wrap(
+        module,
+        device=machine.torch_device(),
+        dtype=machine.dtype(),
+        channels_last=config.channels_last,
+        sync_bn=config.sync_bn,
+        compiled=config.compile,
+        world_size=world_size,
+        moving_buffers=moving_buffers,
+        head=head,
+    )
+
+
+def _optimizer(config: TrainConfig) -> Choice:
+    """The optimizer that a config names. Raises what `chosen_optimizer` raises."""
+    names = ("momentum", "nesterov", "weight_decay")
+    by_hand = [name for name in names if config.origin(name) in ("flag", "default")]
+    asked = {name: getattr(config, name) for name in names}
+    return chosen_optimizer(config.opt, config.opt_opt, **asked, given_by_hand=by_hand)
+
+
+def prepare(config: TrainConfig, module: nn.Module, images: Tensor, num_classes: int) -> tuple[str, ...]:
+    """A first pass through a module as it was built, then freeze what `--freeze` freezes for good; returns the head.
+
+    Raises PluginError where the pass gives no logits, UsageError for `--freeze`.
+    """
+    head = rehearsal.first_output(module, images, config.arch, num_classes)
+    freeze(module, frozen_until(config.freeze or (), module))
+    return head
+
+
+def groups_of(config: TrainConfig, module: nn.Module, head: Sequence[str]) -> list[Group]:
+    """The parameter groups of a config; head: names of the parameters that give the logits."""
+    until = frozen_until(config.freeze or (), module)
+    return grouped(module, lr=config.lr, head=head, until=until, layer_decay=config.layer_decay, head_lr=config.head_lr)
+
+
+def optimizer_of(config: TrainConfig, module: nn.Module, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """The optimizer of a config over `groups` of a module's parameters. Raises what `build_optimizer` raises."""
+    return build_optimizer(_optimizer(config), groups, module, lr=config.lr)
+
+
+def learner_for(config: TrainConfig, network: Network) -> Learner:
+    """The network with the optimizer, scaler and EMA that a config asks for. Raises what `build_optimizer` raises."""
+    optimizer = optimizer_of(config, network.module, groups_of(config, network.module, network.head))
+    return learner_of(network, optimizer, ema=config.ema, until=frozen_until(config.freeze or (), network.module))
+
+
 def load_network(run: Path | str, step: int | None = None) -> nn.Module:
     """The network of a run's checkpoint (its last, or the one of `step`), in evaluation mode, on the CPU.
 
@@ -453,6 +519,6 @@ def load_network(run: Path | str, step: int | None = None) -> nn.Module:
     about = saved.about
     config = TrainConfig.stored(about["config"])
     classes, channels, size = len(about["class_names"]), about["channels"], about["image_size"]
-    module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
+    module = module_of(config, num_classes=classes, in_channels=channels, image_size=size)
     module.load_state_dict(saved.parts["network"])
     return module.eval()

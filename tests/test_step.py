@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from warm import Warm
 
-from dtrain.config import TrainConfig
 from dtrain.data.loader import Batch
+from dtrain.model.groups import grouped
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import LOSS_UNIT, Sums, Tally, no_sums, sums_of
 from dtrain.model.network import Average, Network
-from dtrain.model.optimization import build_optimizer, clip, pack, unpack
+from dtrain.model.optimization import build_optimizer, chosen_optimizer, clip, pack, unpack
 from dtrain.model.step import StepOptions, eval_step, loss_of, seed_step, train_step
 
 CPU = torch.device("cpu")
@@ -178,9 +178,9 @@ def test_auxiliary_logits_count_a_third_or_so_and_only_the_first_are_counted_as_
 
 
 def test_biases_and_norms_do_not_decay() -> None:
-    config = TrainConfig(arch="x", opt="sgd", weight_decay=0.25)
     module = small(10)
-    decayed = build_optimizer(config, module).param_groups
+    choice = chosen_optimizer("sgd", {}, weight_decay=0.25)
+    decayed = build_optimizer(choice, grouped(module, lr=0.1), module, lr=0.1).param_groups
     of = {id(p): group["weight_decay"] for group in decayed for p in group["params"]}
     decays = {name: of[id(p)] for name, p in module.named_parameters()}
     assert decays == {
@@ -363,7 +363,6 @@ def shares() -> dict[str, Any]:
     """One step on this process's share of a batch, in four micro-batches, through DDP where there are others."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from dtrain import runtime
     from dtrain.model.network import wrap
     from dtrain.world import World, place
 
@@ -373,9 +372,7 @@ def shares() -> dict[str, Any]:
     if at.size > 1:
         world.meet()
         world.join("gloo")
-    config = TrainConfig(arch="x", amp_dtype="float32")
-    machine = runtime.decide(config, local_rank=0, local_world=1)
-    network = wrap(plain(), config, machine, world, moving_buffers=False)
+    network = wrap(plain(), device=CPU, dtype=torch.float32, world_size=at.size)
     reduces = 0
     if at.size > 1:
 

@@ -7,11 +7,12 @@ import torch
 from dtrain import runtime
 from dtrain.config import TrainConfig
 from dtrain.data.dataset import load_dataset
-from dtrain.model.network import build_module
-from dtrain.model.optimization import build_optimizer
-from dtrain.model.rehearsal import first_output, noise, smallest_size_told
+from dtrain.model.groups import group_rows
+from dtrain.model.network import layout, mode_told
+from dtrain.model.rehearsal import noise, smallest_size_told
 from dtrain.plan import make_plan
 from dtrain.run.console import Console
+from dtrain.training import groups_of, module_of, optimizer_of, prepare
 from dtrain.world import place
 
 FIRST_STEPS = 5
@@ -26,14 +27,18 @@ def dry_run(config: TrainConfig) -> None:
     size, channels, classes = dataset.image_size, dataset.channels, len(dataset.train.class_names)
 
     def build(pixels: int) -> torch.nn.Module:
-        return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
+        return module_of(config, num_classes=classes, in_channels=channels, image_size=pixels)
 
     with smallest_size_told(build, channels, size):
         module = build(size)
-        first_output(module, noise(config.seed, (2, channels, size, size), torch.float32), config.arch, classes)
-    optimizer = build_optimizer(config, module)
+        images = noise(config.seed, (2, channels, size, size), torch.float32, layout(config.channels_last))
+        told_mode = mode_told(module, config.arch)
+        head = prepare(config, module, images, classes)
+    groups = groups_of(config, module, head)
+    optimizer_of(config, module, groups)
     parameters = sum(p.numel() for p in module.parameters())
-    decayed = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    if told_mode is not None:
+        console.warn(told_mode)
     for line in (*machine.why, *plan.lines(config.lr)):
         console.line(line)
     console.table(
@@ -41,9 +46,10 @@ def dry_run(config: TrainConfig) -> None:
         [
             ("images", f"[{plan.micro_batch}, {channels}, {size}, {size}] {machine.amp_dtype}"),
             ("logits", f"[{plan.micro_batch}, {classes}]"),
-            ("parameters", f"{parameters:,} ({decayed:,} with two dimensions or more)"),
+            ("parameters", f"{parameters:,}"),
             ("weights and gradients", f"{8 * parameters / 2**20:.1f} MiB"),
-            ("optimizer", f"{config.opt}, {len(optimizer.param_groups)} groups"),
+            ("optimizer", config.opt),
+            *group_rows(groups, module),
             (
                 "first rates",
                 ", ".join(f"{config.lr * plan.lr_factor(k * plan.batch_size):.4g}" for k in range(FIRST_STEPS)),

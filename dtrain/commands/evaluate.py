@@ -15,13 +15,12 @@ from dtrain.config import TrainConfig
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.errors import StorageError, UsageError
 from dtrain.model.metrics import Sums, no_sums
-from dtrain.model.network import build_module, wrap
 from dtrain.model.step import eval_step
 from dtrain.run import checkpoint
 from dtrain.run.console import Console, counted
 from dtrain.run.recorder import refuse_other_data
 from dtrain.run.rundir import read_record, read_rows
-from dtrain.world import Place, World
+from dtrain.training import module_of, network_of
 
 
 def load_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
@@ -67,11 +66,11 @@ def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, An
 def _counts(
     config: TrainConfig, machine: runtime.Runtime, dataset: DataSet, tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    beton, alone = dataset.evaluation, World(Place(), config.dist_timeout)
+    beton = dataset.evaluation
     classes = len(beton.class_names)
-    module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=dataset.image_size)
+    module = module_of(config, num_classes=classes, in_channels=dataset.channels, image_size=dataset.image_size)
     module.load_state_dict(dict(tensors))
-    network = wrap(module, config, machine, alone, moving_buffers=False)
+    network = network_of(config, machine, module)
     module.eval()
     chunks = dataset.chunks(config, 0, 1, network.dtype, network.device)
     sums, hits = no_sums(network.device), torch.zeros(classes, dtype=torch.int64, device=network.device)

@@ -24,10 +24,11 @@ from dtrain.config import TrainConfig
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.data.loader import Batch, Loader
 from dtrain.errors import StorageError, UsageError
-from dtrain.model.learner import Learner, learner_of
-from dtrain.model.network import build_module, wrap
+from dtrain.model.learner import Learner
+from dtrain.model.network import layout
 from dtrain.model.nonfinite import Before
 from dtrain.model.optimization import set_lr
+from dtrain.model.rehearsal import noise
 from dtrain.model.step import StepOptions, backward, seed_step, update
 from dtrain.plan import Plan, make_plan
 from dtrain.run import checkpoint
@@ -35,7 +36,7 @@ from dtrain.run.console import Console
 from dtrain.run.recorder import refuse_other_data
 from dtrain.run.rundir import read_record, read_rows
 from dtrain.run.state import TrainState
-from dtrain.world import Place, World
+from dtrain.training import learner_for, module_of, network_of, prepare
 
 Pixels = npt.NDArray[np.uint8]
 SHOWN, PICTURES = 10, 256  # samples that are listed, and at most drawn
@@ -60,6 +61,7 @@ class Replayer:
         """
         learner, network, plan = self.learner, self.learner.network, self.plan
         learner.optimizer.zero_grad(set_to_none=True)
+        learner.frozen.hold(plan.epoch_at(self.state.step))
         set_lr(learner.optimizer, plan.lr_factor(self.state.samples))
         before, losses = Before(network.module.buffers()), []
         always = torch.ones((), dtype=torch.bool, device=network.device)
@@ -74,7 +76,7 @@ class Replayer:
     def apply(self, buffers: Before) -> bool:
         """The update from the gradient that is there, as the run made it; whether it was skipped."""
         learner = self.learner
-        skipped = update(learner, self.options, buffers)
+        skipped = update(learner, self.options, buffers, self.plan.epoch_at(self.state.step))
         self.state.advance(self.plan.batch_size)
         return bool(skipped)
 
@@ -102,8 +104,10 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     if not 0 < step <= plan.total_steps:
         raise UsageError(f"--step {step}: this run has the steps 1 to {plan.total_steps}")
     classes, size = len(dataset.train.class_names), dataset.image_size
-    module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=size)
-    learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
+    module = module_of(config, num_classes=classes, in_channels=dataset.channels, image_size=size)
+    images = noise(config.seed, (2, dataset.channels, size, size), torch.float32, layout(config.channels_last))
+    head = prepare(config, module, images, classes)
+    learner = learner_for(config, network_of(config, machine, module, head=head))
     counts = dict(saved.state)
     learner.restore(saved.parts, counts)
     options = StepOptions.of(config, plan)

@@ -1,9 +1,9 @@
-"""Parameter groups, the plugin's optimizer, loss scaling and clipping; the optimizer's state as named tensors."""
+"""The plugin's optimizer over parameter groups: chosen, built, clipped, and its state as named tensors."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,56 +11,101 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import plugins
-from dtrain.config import TrainConfig
 from dtrain.errors import PluginError, StorageError, UsageError
+from dtrain.model.groups import Group
 from dtrain.ranges import flag_of
 
-# what a group says about how this machine computes, never about what: a resume keeps its own
-MACHINE_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
+# what a group says about the network, or about how this machine computes, and never about the run's numbers: a resume
+# keeps its own
+OWN_KEYS = (
+    *("params", "param_names", "roles", "name", "decays", "lr_scale", "frozen_until"),
+    *("fused", "foreach", "capturable", "differentiable"),
+)
 TINY = 2.0**-100  # a gradient times this is a finite float32, and so is the norm of 2^50 of them
 
 
-def chosen_optimizer(config: TrainConfig) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
-    """The plugin that `config` names, its function, and the options to call it with.
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer that was asked for: the function of its plugin, and the options to call it with.
 
-    Raises PluginError, and UsageError for an option, or a flag given by hand, that it has no use for.
+    distribution: the package that it comes from, for errors.
     """
-    plugin = plugins.find("optimizer", config.opt)
+
+    name: str
+    distribution: str
+    function: Callable[..., Any]
+    options: dict[str, Any]
+
+    @property
+    def weight_decay(self) -> float | None:
+        """The decay of what decays: the option's or the function's default; None where it takes no such option."""
+        decay: float | None = self.options.get("weight_decay", plugins.default_of(self.function, "weight_decay"))
+        return decay
+
+
+def chosen_optimizer(
+    opt: str,
+    opt_opt: Mapping[str, str],
+    *,
+    momentum: float | None = None,
+    nesterov: bool | None = None,
+    weight_decay: float | None = None,
+    given_by_hand: Collection[str] = (),
+) -> Choice:
+    """The optimizer that `opt` names with the options in `opt_opt`, read from text.
+
+    momentum, nesterov, weight_decay: passed on where its function takes them; None: not asked for. given_by_hand: which
+    of the three names the user gave by a flag or in Python; what a recipe says is left out where it is of no use.
+    Raises PluginError, and UsageError for an option, or a setting given by hand, that it has no use for.
+    """
+    plugin = plugins.find("optimizer", opt)
     function = plugins.load(plugin)
-    options = plugins.parse_options(function, config.opt_opt, what=f"optimizer {config.opt}")
-    for name in ("momentum", "nesterov", "weight_decay"):
-        value = getattr(config, name)
+    options = plugins.parse_options(function, opt_opt, what=f"optimizer {opt}")
+    for name, value in (("momentum", momentum), ("nesterov", nesterov), ("weight_decay", weight_decay)):
         if value is None:
             continue
         if plugins.accepts(function, name):
             options.setdefault(name, value)
-        elif config.origin(name) in ("flag", "default"):  # by hand; of a recipe, or a run that had one, it is left out
-            raise UsageError(f"{flag_of(name)}: optimizer {config.opt} has no use for it; leave it out")
-    return plugin, function, options
+        elif name in given_by_hand:
+            raise UsageError(f"{flag_of(name)}: optimizer {opt} has no use for it; leave it out")
+    return Choice(opt, plugin.distribution, function, options)
 
 
-def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The plugin's optimizer over two groups: what has two dimensions or more decays, biases and norms do not.
+def build_optimizer(choice: Choice, groups: Sequence[Group], module: nn.Module, *, lr: float) -> torch.optim.Optimizer:
+    """The plugin's optimizer over `groups` of the parameters of `module`; lr: the peak rate.
 
-    Afterwards each group's `initial_lr` is the rate that the schedule's factor multiplies.
-    Raises what `chosen_optimizer` raises.
+    Each group is a dict as plugins/README.md describes it. Afterwards each group of the optimizer has an `initial_lr`,
+    the rate that the schedule's factor multiplies. Raises PluginError for what the plugin raises.
     """
-    plugin, function, options = chosen_optimizer(config)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decay = options.get("weight_decay", plugins.default_of(function, "weight_decay"))
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2]},
-        {"params": [p for p in parameters if p.ndim < 2]},
-    ]
-    if decay is not None:
-        groups[0]["weight_decay"], groups[1]["weight_decay"] = decay, 0.0
+    parameters, decay = dict(module.named_parameters()), choice.weight_decay
+    given: list[dict[str, Any]] = []
+    for group in groups:
+        given.append(
+            {
+                "params": [parameters[name] for name in group.params],
+                "param_names": list(group.params),
+                "roles": list(group.roles),
+                "name": group.name,
+                "decays": group.decays,
+                "lr": group.lr,
+                "lr_scale": group.lr_scale,
+                "frozen_until": group.frozen_until,
+            }
+        )
+        if decay is not None:
+            given[-1]["weight_decay"] = decay if group.decays else 0.0
     try:
-        optimizer = function([g for g in groups if g["params"]], lr=config.lr, **options)
+        optimizer = choice.function(given, lr=lr, **choice.options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PluginError(f"optimizer {config.opt} of {plugin.distribution} could not be built: {error}") from error
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer  # type: ignore[no-any-return]  # a plugin's callable is untyped by nature
+        raise PluginError(f"optimizer {choice.name} of {choice.distribution} could not be built: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise PluginError(
+            f"optimizer {choice.name} of {choice.distribution} returns a {type(optimizer).__name__}, "
+            "not a torch.optim.Optimizer"
+        )
+    for made in optimizer.param_groups:
+        made["initial_lr"] = made["lr"]
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -120,7 +165,7 @@ def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
         for key, value in state.items():
             target = tensors if isinstance(value, Tensor) else scalars
             target[f"{names[id(parameter)]}/{key}"] = value
-    groups = [{k: v for k, v in group.items() if k not in MACHINE_KEYS} for group in optimizer.param_groups]
+    groups = [{k: v for k, v in group.items() if k not in OWN_KEYS} for group in optimizer.param_groups]
     return Packed(tensors, {"state": scalars, "groups": groups})
 
 
@@ -137,7 +182,7 @@ def unpack(optimizer: torch.optim.Optimizer, module: nn.Module, packed: Packed) 
             f"the checkpoint's optimizer has {len(groups)} groups, this one {len(optimizer.param_groups)}"
         )
     merged = [
-        {**_lists_as_tuples(saved), **{key: mine[key] for key in MACHINE_KEYS if key in mine}}
+        {**_lists_as_tuples(saved), **{key: mine[key] for key in OWN_KEYS if key in mine}}
         for mine, saved in zip(optimizer.param_groups, groups, strict=True)
     ]
     names = dict(module.named_parameters())

@@ -70,17 +70,19 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
     return losses_N, outputs[0]
 
 
-def train_step(learner: Learner, batch: Batch, options: StepOptions) -> Outcome:
+def train_step(learner: Learner, batch: Batch, options: StepOptions, epoch: int = 0) -> Outcome:
     """One update from this process's share of a batch, in micro-batches; then the EMA.
 
+    epoch: the step's, 0-based; what is frozen until a later one is left alone.
     Collective: gradients are averaged over processes in the last micro-batch's backward pass, and unscaled before they
     are clipped. No host sync, but for torch's loss scaler: under float16 it reads whether gradients overflowed, unless
     the optimizer is fused.
     """
     learner.optimizer.zero_grad(set_to_none=True)
+    learner.frozen.hold(epoch)
     buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())  # the forward pass moves them
     sums, losses_N = backward(learner.network, learner.scaler, batch, options)
-    skipped = update(learner, options, buffers)
+    skipped = update(learner, options, buffers, epoch)
     sums[SKIPPED] = torch.where(skipped, sums[IMAGES], 0)
     return Outcome(sums, losses_N, skipped)
 
@@ -111,13 +113,16 @@ def backward(
     return total, torch.cat(losses)
 
 
-def update(learner: Learner, options: StepOptions, buffers: Before) -> Tensor:
+def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int = 0) -> Tensor:
     """Apply the gradient, then the EMA. Returns whether it was left out, bool [] on the device.
+
+    epoch: the step's, 0-based; the gradients of what is frozen until a later one are dropped first.
 
     With `skip_nonfinite`, where a gradient is not finite, nothing changes but a scaler's scale, and `buffers` are put
     back. Raises UsageError where that cannot be done without waiting for the device.
     """
     network = learner.network
+    learner.frozen.drop_gradients(epoch)
     if not options.skip_nonfinite:
         _apply(learner, options.clip_grad)
         return torch.zeros((), dtype=torch.bool, device=network.device)
