@@ -237,17 +237,18 @@ def test_what_is_frozen_until_an_epoch_neither_moves_nor_has_state_before(optimi
     assert not torch.equal(before[4], module[1].running_mean)
 
 
-def test_rows_name_roles_rates_decay_and_what_is_frozen() -> None:
+def test_rows_name_roles_and_what_the_optimizer_made_of_rates_and_decays() -> None:
     module = small(5)
     until = frozen_until(["0.*", "1.*@2"], module)
     freeze(module, until)
-    rows = group_rows(grouped(module, lr=0.1, head=("9.weight", "9.bias"), until=until, head_lr=0.5), module)
-    assert rows == [
-        ("filters", "rate 0.1, with weight decay: 1,152 parameters in 4.weight"),
-        ("heads", "rate 0.5, with weight decay: 80 parameters in 9.weight"),
-        ("vectors", "rate 0.1, without weight decay, frozen until epoch 2: 16 parameters in 1.weight, 1.bias"),
-        ("vectors", "rate 0.1, without weight decay: 48 parameters in 4.bias, 5.weight, 5.bias"),
-        ("heads", "rate 0.5, without weight decay: 5 parameters in 9.bias"),
+    groups = grouped(module, lr=0.1, head=("9.weight", "9.bias"), until=until)
+    choice = chosen_optimizer("muon", {"aux_lr": "0.02", "aux_weight_decay": "0.25"}, weight_decay=0.5)
+    assert group_rows(build_optimizer(choice, groups, module, lr=0.1), groups, module) == [
+        ("filter", "rate 0.1, decay 0.5: 1,152 parameters in 4.weight"),
+        ("head", "rate 0.02, decay 0.25: 80 parameters in 9.weight"),
+        ("vector", "rate 0.02, decay 0, frozen until epoch 2: 16 parameters in 1.weight, 1.bias"),
+        ("vector", "rate 0.02, decay 0: 48 parameters in 4.bias, 5.weight, 5.bias"),
+        ("head", "rate 0.02, decay 0: 5 parameters in 9.bias"),
         ("frozen", "224 parameters in 0.weight, 0.bias"),
     ]
 

@@ -91,9 +91,9 @@ class Runs:
         self._ranks, self._folder = ranks, folder
         self._about = {"folder": folder, "cache": cache, "optimizer": optimizer, "fused": fused, "more": more or {}}
 
-    def go(self, world: int, todo: Sequence[tuple[str, int | None]]) -> dict[str, dict[str, str]]:
+    def go(self, world: int, todo: Sequence[tuple[str, int | None]], timeout: float = 60) -> dict[str, dict[str, str]]:
         kwargs = {**self._about, "todo": list(todo), "ports": [free_port() for _ in todo]}
-        ended: dict[str, dict[str, str]] = self._ranks.call("test_resume:runs", world, kwargs)[0]
+        ended: dict[str, dict[str, str]] = self._ranks.call("test_resume:runs", world, kwargs, timeout=timeout)[0]
         return ended
 
 
@@ -140,6 +140,15 @@ def test_a_batch_norm_that_the_builder_froze_stays_frozen_over_evaluations_and_s
     ended = load_network(tmp_path / "straight")
     assert torch.equal(ended[1].running_mean, torch.zeros(8))  # as batch norm begins
     assert not torch.equal(ended[5].running_mean, torch.zeros(16))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_compiled_network_resumes_to_the_bit(ranks: Warm, tmp_path: Path, cache: Path, world: int) -> None:
+    some = Runs(ranks, tmp_path, cache, "sgd", True, {"compile": True})
+    straight = some.go(world, [("straight", None), ("at-2", 2), ("at-3", 3)], timeout=240)["straight"]
+    assert some.go(world, [("at-2", None), ("at-3", None)], timeout=240) == {"at-2": straight, "at-3": straight}
 
 
 def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Path) -> None:

@@ -35,7 +35,7 @@ def dry_run(config: TrainConfig) -> None:
         told_mode = mode_told(module, config.arch)
         head = prepare(config, module, images, classes)
     groups = groups_of(config, module, head)
-    optimizer_of(config, module, groups)
+    optimizer = optimizer_of(config, module, groups)
     parameters = sum(p.numel() for p in module.parameters())
     if told_mode is not None:
         console.warn(told_mode)
@@ -49,7 +49,7 @@ def dry_run(config: TrainConfig) -> None:
             ("parameters", f"{parameters:,}"),
             ("weights and gradients", f"{8 * parameters / 2**20:.1f} MiB"),
             ("optimizer", config.opt),
-            *group_rows(groups, module),
+            *group_rows(optimizer, groups, module),
             (
                 "first rates",
                 ", ".join(f"{config.lr * plan.lr_factor(k * plan.batch_size):.4g}" for k in range(FIRST_STEPS)),

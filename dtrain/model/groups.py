@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -305,16 +306,23 @@ def _key_of(name: str, matcher: Mapping[str, Any] | Callable[[str], Any]) -> tup
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
-def group_rows(groups: Sequence[Group], module: nn.Module) -> list[tuple[str, str]]:
-    """The groups for `--dry-run`: one row for each role in a group, and one for what is frozen for the whole run."""
+def group_rows(optimizer: torch.optim.Optimizer, groups: Sequence[Group], module: nn.Module) -> list[tuple[str, str]]:
+    """The optimizer's own groups for `--dry-run`: one row for each role in one, and one for what is never trained.
+
+    groups: what the optimizer was built from; rates and decays are those that it made of them.
+    """
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    rows = []
-    for group in groups:
-        for role in dict.fromkeys(group.roles):
-            names = [name for name, its in zip(group.params, group.roles, strict=True) if its == role]
-            start = f", frozen until epoch {group.frozen_until:g}" if group.frozen_until else ""
-            decay = "with weight decay" if group.decays else "without weight decay"
-            rows.append((f"{role}s", f"rate {group.lr:.4g}, {decay}{start}: {_listed(names, sizes)}"))
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+    role_of = {name: role for group in groups for name, role in zip(group.params, group.roles, strict=True)}
+    until = {name: group.frozen_until for group in groups for name in group.params}
+    rows: list[tuple[str, str]] = []
+    for made in optimizer.param_groups:
+        names = [name_of[id(parameter)] for parameter in made["params"]]
+        decay = f", decay {made['weight_decay']:.4g}" if "weight_decay" in made else ""
+        for role, epoch in dict.fromkeys((role_of[name], until[name]) for name in names):
+            mine = [name for name in names if (role_of[name], until[name]) == (role, epoch)]
+            start = f", frozen until epoch {epoch:g}" if epoch else ""
+            rows.append((role, f"rate {made['lr']:.4g}{decay}{start}: {_listed(mine, sizes)}"))
     if frozen := [name for name, parameter in module.named_parameters() if not parameter.requires_grad]:
         rows.append(("frozen", _listed(frozen, sizes)))
     return rows

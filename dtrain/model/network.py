@@ -135,9 +135,10 @@ def wrap(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # torch's
     module = module.to(device).to(memory_format=layout(channels_last))  # before DDP, which records strides
     way = way_for(world_size, device, moving_buffers=moving_buffers)
-    # compiled around DDP, it hands over each bucket of gradients when it is complete; inside, all of them at its end
-    trained = torch.compile(way.wrap(module), dynamic=False) if compiled else way.wrap(module)
-    return Network(module, trained, dtype, device, head, way)  # type: ignore[arg-type]  # compile's is a callable
+    # inside DDP: there torch cuts the graph at DDP's buckets, as it does in the other order, which leaves a network
+    # that is an nn.Sequential uncompiled (torch 2.14)
+    inner: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
+    return Network(module, way.wrap(inner), dtype, device, head, way)
 
 
 class Average:

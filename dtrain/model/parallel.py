@@ -59,7 +59,7 @@ class Replicated(Alone):
         )
 
     def keep_gradients_local(self, trained: nn.Module) -> AbstractContextManager[Any]:
-        """DDP's `no_sync`, which a compiled DDP hands on."""
+        """DDP's `no_sync`."""
         region: AbstractContextManager[Any] = trained.no_sync()  # type: ignore[operator]  # a Module's attribute
         return region
 
