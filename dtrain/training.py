@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import runtime
-from dtrain.config import TrainConfig
+from dtrain.config import TrainConfig, settings_fields
 from dtrain.data.cache import CONVERSION_SECONDS
 from dtrain.data.dataset import DataSet, load_dataset
 from dtrain.errors import DivergedError, Stopped, StorageError
@@ -171,8 +171,9 @@ class Training:
                 batch = self.loader.batch(state.step)  # a function of (seed, step); prefetched
                 set_lr(learner.optimizer, plan.lr_factor(state.samples))
                 seed_step(config.seed, state.step, world.rank)  # torch, numpy, random: dropout and the like
-                epoch = plan.epoch_at(state.step)
-                self.tally += train_step(learner, batch, self.options, epoch)  # nothing is read here
+                self.tally += train_step(
+                    learner, batch, self.options, plan.epoch_at(state.step)
+                )  # nothing is read here
                 state.advance(plan.batch_size_at(state.step))
                 ask = world.agreed(clock, state.step)  # signals and rank 0's clock: posted a step ago, read now
                 if state.step == self.stop_after:
@@ -471,10 +472,14 @@ def network_of(
 
 def _optimizer(config: TrainConfig) -> Choice:
     """The optimizer that a config names. Raises what `chosen_optimizer` raises."""
-    names = ("momentum", "nesterov", "weight_decay")
-    by_hand = [name for name in names if config.origin(name) in ("flag", "default")]
-    asked = {name: getattr(config, name) for name in names}
-    return chosen_optimizer(config.opt, config.opt_opt, **asked, given_by_hand=by_hand)
+    return chosen_optimizer(
+        config.opt,
+        config.opt_opt,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        given_by_hand=[f.name for f in settings_fields() if config.origin(f.name) in ("flag", "default")],
+    )
 
 
 def prepare(config: TrainConfig, module: nn.Module, images: Tensor, num_classes: int) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ FLAGS = (
     "--affine --jitter --erase --mixup --cutmix --mean --std --eval-batch-size --device "
     "--backend --threads --dist-timeout --sync-bn --amp-dtype --channels-last --compile --seed --deterministic "
     "--output --name --resume --checkpoint-every --keep --eval-every --log-interval --max-time --stop-at-accuracy "
-    "--recipe --track "
+    "--recipe --track --freeze --layer-decay --head-lr "
     "--config --dry-run --nproc --debug"
 )
 PANELS = ["What is trained", "Optimization", "Data", "Evaluation", "Machine", "The run"]
