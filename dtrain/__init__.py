@@ -12,13 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtrain.config import TrainConfig
+    from dtrain.settings.config import TrainConfig
     from dtrain.training import load_network, train
 
 __all__ = ["TrainConfig", "load_network", "train"]
 __version__ = "0.1.0"
 
-_HOMES = {"TrainConfig": "dtrain.config", "train": "dtrain.training", "load_network": "dtrain.training"}
+_HOMES = {"TrainConfig": "dtrain.settings.config", "train": "dtrain.training", "load_network": "dtrain.training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,21 +1,112 @@
-"""From a config to what a run is made of: machine, data set, plan, network, learner. The one place that joins the rooms.
+"""From a config to what a run is made of: machine, data set, plan, network, learner; the one place that joins them.
 
-Training, evaluation, replay, dry runs and `load_network` all call these functions, so that what they see is the same.
+Training, evaluation, replay, dry runs and `load_network` all call these functions, so that they see the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from dtrain import runtime
 from dtrain.data.cache import CONVERSION_SECONDS
-from dtrain.data.dataset import DataSet, Feed, load_dataset
+from dtrain.data.dataset import Chunks, DataSet, Feed, load_dataset
 from dtrain.data.loader import Loader
-from dtrain.plan import Plan, make_plan
-from dtrain.run.console import Console
+from dtrain.errors import UsageError
+from dtrain.model import groups, rehearsal
+from dtrain.model.learner import Learner, learner_of
+from dtrain.model.network import Network, build_module, chosen_architecture, layout, mode_told, wrap
+from dtrain.model.optimization import Choice, build_optimizer, chosen_optimizer
+from dtrain.model.step import StepOptions
+from dtrain.plan import Plan, check_batch, make_plan
+from dtrain.run import trackers
+from dtrain.run.console import Console, three_ways
+from dtrain.run.recorder import refuse_other_data
 from dtrain.runtime import Runtime
-from dtrain.settings import TrainConfig, flag_of
+from dtrain.schedules import chosen_schedule
+from dtrain.settings import identity
+from dtrain.settings.config import SETTINGS, TrainConfig
+from dtrain.settings.layers import RUN_CONFIG, read_config
 from dtrain.settings.staged import Staged
-from dtrain.world import World
+from dtrain.settings.values import flag_of, plain
+from dtrain.world import Place, World
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one process of a run is made of. Close it after use: its loaders have threads."""
+
+    config: TrainConfig
+    machine: Runtime
+    dataset: DataSet
+    plan: Plan
+    learner: Learner
+    options: StepOptions
+    loader: Loader
+    chunks: Chunks
+
+    def close(self) -> None:
+        """End the threads of both loaders."""
+        self.loader.close()
+        self.chunks.loader.close()
+
+
+def parts_of(
+    config: TrainConfig, machine: Runtime, dataset: DataSet, plan: Plan, world: World, console: Console
+) -> Parts:
+    """All parts of process `world.rank`, with a network that was rehearsed and has its first weights. Collective."""
+    for line in (*machine.why, *dataset.left_out, *plan.lines(rate_told(config))):
+        console.line(line)
+    learner = learner_for(config, rehearsed_network(config, machine, dataset, plan, world, console))
+    feed = feed_of(config, machine)
+    loader = dataset.train_loader(plan, world.rank, config.augmentation, feed)
+    chunks = chunks_of(config, dataset, plan, world, feed)
+    parameters = sum(p.numel() for p in learner.network.module.parameters())
+    console.line(f"{config.network.arch}, {parameters:,} parameters; {config.optimization.opt}; {loader.told} reader")
+    return Parts(config, machine, dataset, plan, learner, options_of(config), loader, chunks)
+
+
+# -- before the data set is there --------------------------------------------------------------------------------------
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Raise what can be known to be wrong before a data set is downloaded or converted."""
+    identity.check_resume(config)
+    check_batch(config.optimization, mixing=mixing(config), world_size=world_size)
+    chosen_architecture(config.network.arch, config.network.arch_opt)
+    choice_of(config)
+    chosen_schedule(config.optimization.schedule, config.optimization.schedule_opt, total=1.0)
+    trackers.find(config.run.track)
+
+
+def choice_of(config: TrainConfig) -> Choice:
+    """The optimizer that `config` names, with its options and rate."""
+    return chosen_optimizer(config.optimization, config.by_hand)
+
+
+def rate_told(config: TrainConfig) -> str:
+    """The peak learning rate and why it is that, for people."""
+    rate, origin = choice_of(config).lr, config.origin("lr")
+    why = {"default": f"the default of {config.optimization.opt}", "flag": "as asked", "run": "as this run began"}
+    return f"{rate:g} ({why.get(origin, f'from {origin}')})"
+
+
+def mixing(config: TrainConfig) -> tuple[str, ...]:
+    """The flags of `config` that mix images in pairs."""
+    return tuple(flag_of(name) for name in ("mixup", "cutmix") if config.value(name) > 0)
+
+
+def machine_of(config: TrainConfig, at: Place, kept: Mapping[str, Any] | None = None) -> Runtime:
+    """What this process computes with; see `runtime.decide`. Nothing is set by it."""
+    return runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
+
+
+# -- data set, plan, loaders -------------------------------------------------------------------------------------------
 
 
 def dataset_of(config: TrainConfig, console: Console, found: Path | None = None) -> DataSet:
@@ -29,30 +120,29 @@ def dataset_of_all(config: TrainConfig, world: World, console: Console) -> DataS
 
     Raises ProcessError on every process unless all have the same data set.
     """
-    asked = repr((config.data.dataset, config.data.dataset_opt, config.data.data_dir, config.data.cache_dir))
-    asked += repr(config.data.conversion())
+    data = config.data
+    asked = repr((data.dataset, data.dataset_opt, data.data_dir, data.cache_dir, data.conversion()))
 
     def load(told: str) -> DataSet:
         of, _, folder = told.rpartition("\n")  # a process that was given other settings looks for itself
         return dataset_of(config, console, Path(folder) if of == asked else None)
 
     dataset = world.first_of_host(load, lambda found: f"{asked}\n{found.folder}", "prepared", CONVERSION_SECONDS)
-    world.same(str(dataset.facts), f"data set {config.data.dataset}")
+    world.same(str(dataset.facts), f"data set {data.dataset}")
     return dataset
 
 
-def mixing(config: TrainConfig) -> tuple[str, ...]:
-    """The flags of `config` that mix images in pairs."""
-    return tuple(flag_of(name) for name in ("mixup", "cutmix") if config.value(name) > 0)
+def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size: int) -> Plan:
+    """The plan of a run of `config` on `train_size` images with `world_size` processes.
 
-
-def plan_of(config: TrainConfig, dataset: DataSet, world_size: int) -> Plan:
-    """The plan of a run of `config` with `world_size` processes. Raises what `make_plan` raises."""
+    image_size: the side in pixels of the data set's images, which counts if `config` asks for no other. Raises what
+    `make_plan` raises.
+    """
     return make_plan(
         config.optimization,
         seed=config.run.seed,
-        train_size=len(dataset.train_samples),
-        image_size=config.data.image_size or Staged.parse(dataset.image_size),
+        train_size=train_size,
+        image_size=config.data.image_size or Staged.parse(image_size),
         world_size=world_size,
         mixing=mixing(config),
         # a recipe's warm-up is meant for the recipe's length, so it is shortened where a run is too short for it; that
@@ -77,6 +167,170 @@ def feed_of(config: TrainConfig, machine: Runtime) -> Feed:
     )
 
 
-def train_loader_of(config: TrainConfig, dataset: DataSet, plan: Plan, rank: int, feed: Feed) -> Loader:
-    """The augmented batches of process `rank`, by step. Close it after use."""
-    return dataset.train_loader(plan, rank, config.augmentation, feed)
+def chunks_of(config: TrainConfig, dataset: DataSet, plan: Plan, at: Place | World, feed: Feed) -> Chunks:
+    """The part of an evaluation that process `at` computes, at the image size of the last stage. Close its loader."""
+    size = config.evaluation.eval_batch_size
+    return dataset.chunks(at.rank, at.size, feed, chunk_size=size, image_size=plan.evaluation_size)
+
+
+# -- network and learner -----------------------------------------------------------------------------------------------
+
+
+def module_of(config: TrainConfig, facts: Mapping[str, Any], image_size: int | None = None) -> nn.Module:
+    """The module of `config` with the weights of its seed, on the CPU. facts: of the data set, as in a checkpoint.
+
+    image_size: side in pixels that the module is built for, where it is not that of the data set.
+    """
+    return build_module(
+        config.network.arch,
+        config.network.arch_opt,
+        seed=config.run.seed,
+        num_classes=len(facts["class_names"]),
+        in_channels=facts["channels"],
+        image_size=image_size or facts["image_size"],
+    )
+
+
+def noise_of(config: TrainConfig, channels: int, count: int, side: int) -> Tensor:
+    """Keyed images, float32 [count, channels, side, side], in the memory layout that the network will see."""
+    shape, memory_format = (count, channels, side, side), layout(config.machine.channels_last)
+    return rehearsal.noise(config.run.seed, shape, torch.float32, memory_format)
+
+
+def built_network(
+    config: TrainConfig, dataset: DataSet, plan: Plan, world: World, console: Console
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The module, tried on images of every stage and with frozen parts frozen, and the parameters of its head.
+
+    Raises PluginError for what is wrong with it, and UsageError for `--freeze`. Collective.
+    """
+    arch, facts, channels = config.network.arch, dataset.facts, dataset.channels
+    with rehearsal.smallest_size_told(lambda side: module_of(config, facts, side), channels, plan.image_sizes[0]):
+        module = module_of(config, facts)
+        if (warning := mode_told(module, arch)) is not None:
+            console.warn(warning)
+        # before DDP, which would hide a difference by sending rank 0's
+        world.same(rehearsal.digest_of(module.state_dict()), f"the initial network of architecture {arch}")
+        for side in plan.image_sizes:
+            images = noise_of(config, channels, 2, side)
+            head = rehearsal.first_output(module, images, arch, len(facts["class_names"]))
+    groups.freeze(module, groups.frozen_until(config.optimization.freeze or (), module))
+    return module, head
+
+
+def wrapped_network(
+    config: TrainConfig,
+    machine: Runtime,
+    module: nn.Module,
+    *,
+    head: tuple[str, ...] = (),
+    world_size: int = 1,
+    moving_buffers: bool = False,
+) -> Network:
+    """A module as `config` and `machine` ask for it (`wrap`). Collective for more than one process."""
+    return wrap(
+        module,
+        device=machine.torch_device(),
+        dtype=machine.dtype(),
+        channels_last=config.machine.channels_last,
+        sync_bn=config.network.sync_bn,
+        compiled=config.machine.compile,
+        world_size=world_size,
+        moving_buffers=moving_buffers,
+        head=head,
+    )
+
+
+def rehearsed_network(
+    config: TrainConfig, machine: Runtime, dataset: DataSet, plan: Plan, world: World, console: Console
+) -> Network:
+    """The network, after steps at the sizes of every stage: what is wrong with it is told now. Collective."""
+    module, head = built_network(config, dataset, plan, world, console)
+    channels, last = dataset.channels, plan.image_sizes[-1]
+    moving = world.size > 1 and rehearsal.buffers_move_output(
+        module, noise_of(config, channels, 2, last), config.run.seed
+    )
+    if moving:
+        console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
+    network = wrapped_network(config, machine, module, head=head, world_size=world.size, moving_buffers=moving)
+    # Every process rehearses the same shapes, also those of other processes, since the passes are collective. A
+    # compiled network is compiled anew for each shape; else two images show what many would, and one what one would
+    shapes = plan.shapes if config.machine.compile else {(min(count, 2), side) for count, side in plan.shapes}
+    for count, side in sorted(shapes):
+        images = noise_of(config, channels, count, side).to(network.device, machine.dtype())
+        rehearsal.rehearse(network, images, config.network.arch, len(dataset.train.class_names), world)
+    return network
+
+
+def groups_for(config: TrainConfig, module: nn.Module, head: tuple[str, ...]) -> list[groups.Group]:
+    """The parameter groups that `config` asks for. head: names of the parameters that give the logits."""
+    asked = config.optimization
+    return groups.grouped(
+        module,
+        lr=choice_of(config).lr,
+        head=head,
+        until=groups.frozen_until(asked.freeze or (), module),
+        layer_decay=asked.layer_decay,
+        head_lr=asked.head_lr,
+    )
+
+
+def learner_for(config: TrainConfig, network: Network) -> Learner:
+    """The network with the optimizer, scaler and EMA that `config` asks for. Raises what `build_optimizer` raises."""
+    module, asked = network.module, config.optimization
+    optimizer = build_optimizer(choice_of(config), groups_for(config, module, network.head), module)
+    return learner_of(network, optimizer, ema=asked.ema, until=groups.frozen_until(asked.freeze or (), module))
+
+
+def options_of(config: TrainConfig) -> StepOptions:
+    """How a step of `config` is computed."""
+    asked = config.optimization
+    return StepOptions(asked.smoothing, asked.clip_grad, skip_nonfinite=asked.on_nonfinite == "skip")
+
+
+# -- a run that is there -----------------------------------------------------------------------------------------------
+
+
+def refuse_other_settings(path: Path, config: TrainConfig) -> None:
+    """Raise UsageError, with a table, if the run at `path` has other settings that shape its numbers than `config`."""
+    try:
+        before = TrainConfig.stored(read_config(path / RUN_CONFIG))
+    except UsageError as error:
+        raise UsageError(f"{path / RUN_CONFIG}: {error}; use the version of dtrain that wrote it") from None
+    if not (refused := identity.differing(before, config)):
+        return
+    was, asked = ({name: _told(c.value(name)) for name in SETTINGS} for c in (before, config))
+    told = "; ".join(f"{name}: was {was[name]}, asked {asked[name]}" for name in refused[:3])
+    told += f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+    others = [name for name in SETTINGS if was[name] != asked[name] and name not in (*refused, *identity.WHERE)]
+    rows = [*((name, "refused") for name in refused), *((name, asked[name]) for name in others)]
+    table = three_ways((name, was[name], asked[name], used) for name, used in rows)
+    raise UsageError(f"{path} holds a run with other settings ({told}); give another --output", table=table)
+
+
+def _told(value: Any) -> Any:
+    return None if value is None else plain(value)
+
+
+def seen_again(
+    saved_about: Mapping[str, Any], here: Mapping[str, Any], kept: Mapping[str, Any]
+) -> tuple[TrainConfig, Runtime, DataSet]:
+    """Config, machine and data set of a checkpoint, to look at it in this process alone, and its machine applied.
+
+    saved_about: the checkpoint's `about`. here: settings in place of the run's own, such as device and folders. kept:
+    what `auto` became when the run began. Raises DataError where the data set is no longer that of the run.
+    """
+    config = TrainConfig.elsewhere(saved_about["config"], here)
+    machine = machine_of(config, Place(), kept)
+    runtime.apply(machine)
+    dataset = dataset_of(config, Console(False))
+    refuse_other_data(config.data.dataset, was=saved_about, asked=dataset.facts)
+    return config, machine, dataset
+
+
+def agreed_machine(config: TrainConfig, at: Place, world: World, kept: Mapping[str, Any]) -> Runtime:
+    """What this process computes with, in the precision of process 0, and set. Collective."""
+    machine = machine_of(config, at, kept)
+    machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
+    runtime.apply(machine)
+    return machine

@@ -14,7 +14,7 @@ from dtrain.errors import ExitCode, UsageError, nearest
 from dtrain.flags import own_flag, with_flags
 from dtrain.plugins import KINDS, find
 from dtrain.run import trackers
-from dtrain.settings import SETTINGS, TrainConfig
+from dtrain.settings.config import SETTINGS, TrainConfig
 from dtrain.settings.data import Data
 from dtrain.settings.layers import RUN_CONFIG
 from dtrain.settings.machine import Machine
@@ -106,10 +106,10 @@ def _train(
     asked = TrainConfig.of(config, **settings)
     if nproc < 1:
         raise UsageError(f"--nproc {nproc}: give 1 or more")
-    find("architecture", asked.arch)  # a slip is told before torch is imported
-    find("optimizer", asked.opt)
-    find("schedule", asked.schedule)
-    trackers.find(asked.track)
+    find("architecture", asked.network.arch)  # a slip is told before torch is imported
+    find("optimizer", asked.optimization.opt)
+    find("schedule", asked.optimization.schedule)
+    trackers.find(asked.run.track)
     if nproc > 1:
         from dtrain.commands.launch import launch
 

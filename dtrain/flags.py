@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from dtrain.settings import SETTINGS, flag_of
+from dtrain.settings.config import SETTINGS
 from dtrain.settings.staged import Staged
-from dtrain.settings.values import Setting
+from dtrain.settings.values import Setting, flag_of
 
 METAVARS = {
     bool: " ",

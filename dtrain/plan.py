@@ -25,6 +25,8 @@ from dtrain.settings.optimization import Optimization
 from dtrain.settings.staged import Staged
 from dtrain.settings.values import Every
 
+EACH_EPOCH = Every(epochs=1)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -212,8 +214,8 @@ class Plan:
             tries.append(f"--grad-accum-steps {finer}, which keeps the batch")
         return f"try {', or '.join(tries)}" if tries else "one image at a time is too much: use a smaller network"
 
-    def lines(self, lr: float) -> list[str]:
-        """The plan for people, each number with its reason. lr: the peak learning rate."""
+    def lines(self, rate: str) -> list[str]:
+        """The plan for people, each number with its reason. rate: what is said of the peak learning rate."""
         lines = []
         for stage in self.stages:
             if len(self.stages) > 1:
@@ -233,7 +235,7 @@ class Plan:
         ]
         warm = f" after a warm-up of {self.warmup_samples} images" if self.warmup_samples else ""
         lines.append(f"{self.total_steps} steps in all = {epochs:.4g} epochs")
-        lines.append(f"peak rate {lr:g}, {self.schedule}{warm}")
+        lines.append(f"peak rate {rate}, {self.schedule}{warm}")
         return lines
 
     def _shares_told(self, stage: Stage) -> str:
@@ -332,8 +334,8 @@ def make_plan(
     mixing: Sequence[str] = (),
     warmup_yields: bool = False,
     log_interval: int = 50,
-    eval_every: Every = Every(epochs=1),
-    save_every: Every = Every(epochs=1),
+    eval_every: Every = EACH_EPOCH,
+    save_every: Every = EACH_EPOCH,
 ) -> Plan:
     """The plan of a run on a training set of `train_size` images with `world_size` processes.
 

@@ -17,13 +17,13 @@ import inspect
 import re
 import sys
 import tomllib
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from dtrain.errors import PluginError, UsageError, nearest
+from dtrain.settings.values import Unfit, value_of
 
 Kind = Literal["architecture", "optimizer", "schedule", "dataset", "tracker"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -272,8 +272,8 @@ def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, wha
         default = known[name].default if name in known else inspect.Parameter.empty
         plain = type(default) if isinstance(default, bool | int | float) else str
         try:
-            values[name] = _typed(hints.get(name, plain), text)
-        except ValueError as error:
+            values[name] = value_of(hints.get(name, plain), text)
+        except Unfit as error:
             raise UsageError(f"{what}: {name}={text}: {error}") from None
     return values
 
@@ -301,30 +301,6 @@ def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
         return eval(annotation, scope)  # as typing.get_type_hints does; the text is the plugin's own code
     except Exception:
         return None
-
-
-def _typed(hint: Any, text: str) -> Any:
-    origin, arms = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        return _typed(next(a for a in arms if a is not type(None)), text)
-    if origin is Literal:
-        if text not in map(str, arms):
-            raise ValueError(nearest(text, map(str, arms)))
-        return next(c for c in arms if str(c) == text)
-    if origin in (tuple, list, Sequence):
-        return (list if origin is list else tuple)(_typed(arms[0], part.strip()) for part in text.split(","))
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError("give true or false")
-        return text.lower() == "true"
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise ValueError(f"give a {'whole ' if hint is int else ''}number") from None
-    return text
 
 
 # -- recipes ---------------------------------------------------------------------------------------------------------

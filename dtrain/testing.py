@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import plugins
-from dtrain.config import Conversion
 from dtrain.data.sources import digest_of as source_digest_of
 from dtrain.data.sources import open_source, place_of
 from dtrain.errors import PluginError
 from dtrain.keyed import Stream, torch_seed
-from dtrain.model.optimization import Packed, pack, set_lr, unpack
+from dtrain.model.groups import grouped
+from dtrain.model.optimization import Choice, Packed, build_optimizer, pack, set_lr, unpack
 from dtrain.model.rehearsal import digest_of, first_output, noise
 from dtrain.model.step import loss_of
 from dtrain.schedules import GIVE, is_factor
+from dtrain.settings.data import Conversion
 
 
 def check_architecture(
@@ -43,7 +44,7 @@ def check_architecture(
     dict from which another instance answers the same.
     """
     name, function = _loaded("architecture", architecture)
-    images = noise(0, (2, in_channels, image_size, image_size), torch.float32)
+    images = noise(0, (2, in_channels, image_size, image_size), torch.float32, torch.channels_last)
     offered = {"in_channels": in_channels, "image_size": image_size}
     passed = {key: value for key, value in offered.items() if plugins.accepts(function, key)}
 
@@ -82,17 +83,11 @@ def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **
     it), and goes on from its saved state with the same bits.
     """
     name, function = _loaded("optimizer", optimizer)
-    images, labels = noise(0, (8, 3, 8, 8), torch.float32), torch.arange(8) % 4
+    images, labels = noise(0, (8, 3, 8, 8), torch.float32, torch.channels_last), torch.arange(8) % 4
 
     def built(module: nn.Module) -> torch.optim.Optimizer:
-        parameters = list(module.parameters())
-        groups = [{"params": [p for p in parameters if p.ndim >= 2]}, {"params": [p for p in parameters if p.ndim < 2]}]
-        made = function(groups, lr=lr, **options)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise PluginError(f"optimizer {name} returns a {type(made).__name__}, not a torch.optim.Optimizer")
-        for group in made.param_groups:
-            group["initial_lr"] = group["lr"]
-        return made
+        groups = grouped(module, lr=lr, head=("4.weight", "4.bias"))
+        return build_optimizer(Choice(name, "this package", function, options, lr), groups, module)
 
     def step(module: nn.Module, made: torch.optim.Optimizer, factor: float) -> None:
         set_lr(made, factor)

@@ -1,8 +1,7 @@
-"""train(config) -> Summary: sets a run up and trains it to its end. The only file that uses every part of dtrain.
+"""train(config) -> Summary: set up, then the loop.
 
-train      joins the other processes, opens data set, plan and run directory; tells an error once
-plan_of    the plan that a config means
-Training   one run that is set up: `loop`, which fits on a screen, and below it the steps that the loop is made of
+train      meets the other processes, has the parts put together (assembly.py), and tells what happens to an error
+Training   one run, ready to go: `loop` on one screen, below it the verbs that the loop is made of
 """
 
 from __future__ import annotations
@@ -11,36 +10,28 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dtrain import runtime
-from dtrain.config import TrainConfig
-from dtrain.data.augment import asked_of
-from dtrain.data.cache import CONVERSION_SECONDS
-from dtrain.data.dataset import DataSet
+from dtrain import assembly, runtime
+from dtrain.assembly import Parts
 from dtrain.errors import DivergedError, ExitCode, Stopped, StorageError
-from dtrain.model import rehearsal
 from dtrain.model.evaluation import evaluate
-from dtrain.model.learner import learner_of
 from dtrain.model.metrics import Sums, Tally
-from dtrain.model.network import Network, build_module, chosen_architecture, wrap
 from dtrain.model.nonfinite import GIVE_UP_STEPS, told
-from dtrain.model.optimization import chosen_optimizer, set_lr
-from dtrain.model.step import StepOptions, seed_step, train_step
-from dtrain.plan import Plan, check_batch, make_plan
-from dtrain.ranges import flag_of, parse_every
-from dtrain.run import checkpoint, trackers
+from dtrain.model.optimization import set_lr
+from dtrain.model.step import seed_step, train_step
+from dtrain.run import checkpoint
 from dtrain.run.console import Console, counted, shown, span
-from dtrain.run.recorder import Recorder, open_recorder, refuse_other_data, resolved_before
+from dtrain.run.recorder import Recorder, open_recorder, recorder_elsewhere, refuse_other_data, resolved_before
 from dtrain.run.rows import EvalClock, EvalRow, TrainClock, TrainRow
 from dtrain.run.state import Best, RunClock, Stopwatch, TrainState, read_state
-from dtrain.schedules import chosen_schedule
-from dtrain.settings.staged import Staged
+from dtrain.settings import identity
+from dtrain.settings.config import TrainConfig
 from dtrain.world import Ask, Place, World, place, signals_as_before
 
 
@@ -65,7 +56,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
     Raises DtrainError for all that dtrain can explain; Stopped after a save that was asked for.
     """
     started, at = time.monotonic(), place()
-    world, console = World(at, config.dist_timeout), Console(at.is_main)
+    world, console = World(at, config.machine.dist_timeout), Console(at.is_main)
     with ExitStack() as opened:  # what has to be closed, last opened first: readers, the run directory, the bar
         if not command:
             opened.enter_context(signals_as_before())
@@ -74,21 +65,15 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
         try:
             machine = _join(config, world, at)
             with runtime.memory_told("while the data set was prepared; it needs a larger machine"):
-                dataset = _load(config, world, console)
-            world.same(str(dataset.facts), f"data set {config.dataset}")
-            plan = plan_of(
-                config,
-                train_size=len(dataset.train_samples),
-                image_size=dataset.image_size,
-                world_size=world.size,
-            )
+                dataset = assembly.dataset_of_all(config, world, console)
+            plan = assembly.plan_of(config, **dataset.sizes, world_size=world.size)
             resolved = {**asdict(machine), "world_size": world.size}
-            recorder = world.main_first(
-                lambda main: open_recorder(config, main=main, command=command, resolved=resolved)
-            )
+            recorder = world.main_first(lambda main: _recorder(config, main, command, resolved))
             opened.callback(recorder.close, console)
             with runtime.memory_told(f"with {plan.largest_micro_batch} images at a time a process; {plan.lighter()}"):
-                run = Training(config, world, console, machine, plan, dataset, recorder, opened, stop_after)
+                parts = assembly.parts_of(config, machine, dataset, plan, world, console)
+                opened.callback(parts.close)
+                run = Training(parts, world, console, recorder, stop_after)
                 run.state.seconds["start-up"] += time.monotonic() - started
                 try:
                     summary = run.loop()
@@ -109,81 +94,61 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
-    """Meet the others, decide what to compute with, and agree with them: rank 0's precision is everybody's."""
+    """Meet the others, refuse what can be refused early, and agree on what to compute with. Collective."""
     world.meet()
-    check_batch(  # what can be known is told before anything is downloaded or converted
-        batch_size=config.batch_size,
-        grad_accum_steps=config.grad_accum_steps,
-        mixing=_mixing(config),
-        world_size=at.size,
+    assembly.check(config, at.size)
+    world.join(assembly.machine_of(config, at).backend)
+    path, fresh = identity.run_path(config), config.run.resume == "none"
+    kept = world.from_main(lambda: resolved_before(path, fresh=fresh, world_size=at.size))
+    return assembly.agreed_machine(config, at, world, kept)
+
+
+def _recorder(config: TrainConfig, main: bool, command: Sequence[str], resolved: dict[str, Any]) -> Recorder:
+    """The run directory on the main process, a recorder that does nothing elsewhere."""
+    path = identity.run_path(config)
+    if not main:
+        return recorder_elsewhere(path)
+    return open_recorder(
+        path,
+        config.settings(),
+        resume=config.run.resume,
+        refuse=lambda taken: assembly.refuse_other_settings(taken, config),
+        command=command,
+        resolved=resolved,
+        chosen=(
+            ("architecture", config.network.arch),
+            ("optimizer", config.optimization.opt),
+            ("schedule", config.optimization.schedule),
+        ),
+        track=config.run.track,
     )
-    chosen_architecture(config)
-    chosen_optimizer(config)
-    chosen_schedule(config.schedule, config.schedule_opt, total=1.0)
-    trackers.find(config.track)
-    asked = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size)
-    world.join(asked.backend)
-    kept = world.from_main(lambda: resolved_before(config, at.size))
-    machine = runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
-    machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
-    runtime.apply(machine)
-    return machine
-
-
 
 
 class Training:
-    """One run that is set up, and where it stands. opened: closes what is opened here, at the end of the run."""
+    """One run that is set up, and where it stands. stop_after: the step after which it stops as if it were asked to."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        console: Console,
-        machine: runtime.Runtime,
-        plan: Plan,
-        dataset: DataSet,
-        recorder: Recorder,
-        opened: ExitStack,
-        stop_after: int | None,
+        self, parts: Parts, world: World, console: Console, recorder: Recorder, stop_after: int | None
     ) -> None:
-        self.config, self.world, self.console, self.plan, self.recorder = config, world, console, plan, recorder
-        self.dataset, self.split, self.stop_after = dataset, dataset.evaluation_split, stop_after
-        for line in (*machine.why, *dataset.left_out, *plan.lines(config.lr)):
-            console.line(line)
-        self.learner = learner_of(self._network(machine), config)
-        self.network = self.learner.network
-        self.options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
-        parameters = sum(p.numel() for p in self.network.module.parameters())
-        feed = Feed(
-            self.network.dtype,
-            self.network.device,
-            reader=config.loader,
-            mean=config.mean,
-            std=config.std,
-            channels_last=config.channels_last,
-            threads=machine.threads,
-        )
-        self.loader = dataset.train_loader(plan, world.rank, asked_of(config), feed)
-        opened.callback(self.loader.close)
-        self.chunks = dataset.chunks(world.rank, world.size, feed, chunk_size=config.eval_batch_size)
-        opened.callback(self.chunks.loader.close)
-        console.line(f"{config.arch}, {parameters:,} parameters; {config.opt}; {self.loader.told} reader")
+        self.parts, self.world, self.console, self.recorder = parts, world, console, recorder
+        self.config, self.plan, self.dataset, self.learner = parts.config, parts.plan, parts.dataset, parts.learner
+        self.network, self.loader, self.stop_after = parts.learner.network, parts.loader, stop_after
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
         # sums of this process since they were last read; what was read before is in the state
-        self.tally = Tally(self.network.device, plan.largest_share, self.state.streak)
-        self.clock = RunClock(config, plan)
+        self.tally = Tally(self.network.device, self.plan.largest_share, self.state.streak)
+        limit = self.config.run.max_time
+        self.clock = RunClock(self.plan.save_every.seconds, limit.seconds if limit is not None else None)
         self.loader.start(self.state.step)  # now, so that opening and compiling do not count as training time
         self.watch = Stopwatch(self.state.seconds, lambda: self.loader.wait_seconds)
-        self.lap_samples = self.state.samples
+        self.lap_samples, self.rate = self.state.samples, assembly.choice_of(self.config).lr
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def loop(self) -> Summary:
         """Train to the end of the run. Raises Stopped once it is saved, if it was asked to stop."""
-        config, plan, state, world, clock = self.config, self.plan, self.state, self.world, self.clock
-        learner = self.learner
+        seed, plan, state, world, clock = self.config.run.seed, self.plan, self.state, self.world, self.clock
+        learner, options, device = self.learner, self.parts.options, self.network.device
         self.console.start(plan.total_steps, state.step)
         with world.listening():
             world.post(clock)
@@ -192,14 +157,13 @@ class Training:
             if state.eval_due:
                 self.act(self.evaluate(Ask()))
             while state.step < plan.total_steps and not state.reached:
-                now = plan.at(state.step)  # epoch, batch size, image size, rate: a function of the step
+                now = plan.at(state.step)  # epoch, shares of the batch, image size, rate: a function of the step
                 batch = self.loader.batch(state.step)  # a function of (seed, step); made ahead of time
                 set_lr(learner.optimizer, now.lr_factor)
-                seed_step(config.seed, state.step, world.rank, self.network.device)  # dropout and the like
-                # tensors of the device: no value is read here, so the host does not wait for it
-                self.tally += train_step(learner, batch, self.options, now.shares[world.rank])
+                seed_step(seed, state.step, world.rank, device)  # dropout and the like: torch, numpy, random
+                self.tally += train_step(learner, batch, options, now.shares[world.rank], now.epoch)  # nothing is read
                 state.advance(now.batch_size)
-                ask = world.agreed(clock, state.step)  # signals and rank 0's clock, as of the step before
+                ask = world.agreed(clock, state.step)  # signals and process 0's clock, as of the step before
                 if state.step == self.stop_after:
                     ask = Ask(stop=True)
                 if plan.logs_at(state.step):
@@ -218,7 +182,7 @@ class Training:
         if ask.stop and (not over or state.eval_due):
             reason = self.clock.reason or self.world.stop_reason or "a signal to another process"
             again = "run the same command again"
-            if self.config.resume != "auto":  # the same command would go back once more, or start another run
+            if self.config.run.resume != "auto":  # the same command would go back once more, or start another run
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"
             self.recorder.event("stop", state.step, reason=reason)
             try:
@@ -252,7 +216,7 @@ class Training:
             samples=state.samples,
             loss=sums.loss,
             top1_fraction=sums.top1_fraction,
-            lr=self.config.lr * plan.at(state.step - 1).lr_factor,
+            lr=self.rate * plan.at(state.step - 1).lr_factor,
             images_in_interval=sums.images,
             skipped_steps=sums.skipped_steps,
             checksum=sums.checksum,
@@ -286,7 +250,7 @@ class Training:
         samples = self.dataset.train_samples[self.plan.batch(fault.step - 1)[fault.positions]]
         what, look = told(fault.step, samples.tolist()), f"dtrain replay {shlex.quote(shown(path))} --step {fault.step}"
         advice = f"lower --lr, add --warmup-epochs or --clip-grad; to look at it: {look}"
-        if not self.options.skip_nonfinite:
+        if not self.parts.options.skip_nonfinite:
             raise DivergedError(f"{what}; the last checkpoint is from before it; {advice}")
         what = f"up to step {self.state.step}; {what}"
         if longest >= GIVE_UP_STEPS:
@@ -306,11 +270,11 @@ class Training:
             return asked
         if self.network.device.type == "cuda":
             torch.cuda.synchronize(self.network.device)  # what the device has queued belongs to training time
-        images = min(self.config.eval_batch_size, len(self.dataset.evaluation_samples))
+        images = min(self.config.evaluation.eval_batch_size, len(self.dataset.evaluation_samples))
         advice = f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
         told = runtime.memory_told(f"in an evaluation of {images} images at a time; {advice}")
         with self.watch.away("eval"), told:
-            results, ask = evaluate(self.network, modules, self.chunks, self.world, self.clock)
+            results, ask = evaluate(self.network, modules, self.parts.chunks, self.world, self.clock)
         state.eval_due = results is None
         for weights, sums in (results or {}).items():
             self._record_evaluation(weights, sums)
@@ -322,7 +286,7 @@ class Training:
             step=state.step,
             epoch=self.plan.epochs_done(state.step),
             samples=state.samples,
-            split=self.split,
+            split=self.dataset.evaluation_split,
             weights=weights,
             hits=sums.hits,
             hits5=sums.hits5,
@@ -333,7 +297,7 @@ class Training:
         )
         if state.best is None or sums.hits > state.best.hits:
             state.best = Best(row.step, row.split, row.weights, row.hits, row.images)
-        if self.config.stop_at_accuracy is not None and sums.top1_fraction >= self.config.stop_at_accuracy:
+        if (bar := self.config.evaluation.stop_at_accuracy) is not None and sums.top1_fraction >= bar:
             state.reached = True
         self.recorder.row(row)
         self.console.evaluation(row)
@@ -371,7 +335,9 @@ class Training:
         path = checkpoint.save(folder.checkpoints, state.step, self.learner.parts(), counts, about)
         self.recorder.event("save", state.step)
         try:
-            checkpoint.prune(folder.checkpoints, keep=self.config.keep, best=state.best.step if state.best else None)
+            checkpoint.prune(
+                folder.checkpoints, keep=self.config.run.keep, best=state.best.step if state.best else None
+            )
             self.recorder.update(step=state.step, last_checkpoint=path.name)
         except StorageError as error:  # the checkpoint itself is there
             self.console.warn(f"saved, but: {error}")
@@ -401,49 +367,15 @@ class Training:
         times = ", ".join(f"{kind} {span(value)}" for kind, value in self.state.seconds.items())
         return [("time", times), ("run directory", shown(self.recorder.path))]
 
-    # -- set-up --------------------------------------------------------------------------------------------------------
-
-    def _network(self, machine: runtime.Runtime) -> Network:
-        """The network, rehearsed with the shapes of the plan, so that what is wrong with it is told before training."""
-        config, size, channels = self.config, self.dataset.image_size, self.dataset.channels
-        classes = len(self.dataset.train.class_names)
-        sizes = self.plan.image_sizes
-        last = config.machine.channels_last
-        noise = rehearsal.noise(config.seed, (2, channels, sizes[-1], sizes[-1]), torch.float32, channels_last=last)
-
-        def build(pixels: int) -> nn.Module:
-            return build_module(config, num_classes=classes, in_channels=channels, image_size=pixels)
-
-        with rehearsal.smallest_size_told(build, channels, sizes[0]):
-            module = build(size)
-            # before DDP, which would hide a difference by sending rank 0's
-            weights = rehearsal.digest_of(module.state_dict())
-            self.world.same(weights, f"the initial network of architecture {config.arch}")
-            for side in sizes:
-                images = rehearsal.noise(config.seed, (2, channels, side, side), torch.float32)
-                rehearsal.first_output(module, images, config.arch, classes)
-        moving = self.world.size > 1 and rehearsal.buffers_move_output(module, noise, config.seed)
-        if moving:
-            self.console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
-        network = wrap(module, config, machine, self.world, moving_buffers=moving)
-        # Every process rehearses the same shapes, also those of other processes, since the passes are collective. A
-        # compiled network is compiled anew for each shape; else two images show what many would, and one what one would
-        shapes = self.plan.shapes if config.compile else {(min(count, 2), side) for count, side in self.plan.shapes}
-        for count, side in sorted(shapes):
-            images = rehearsal.noise(config.seed, (count, channels, side, side), torch.float32, channels_last=last)
-            images = images.to(network.device, machine.dtype(), memory_format=torch.channels_last if last else torch.contiguous_format)
-            rehearsal.rehearse(network, images, config.arch, classes, self.world)
-        return network
-
     def _resumed(self) -> TrainState:
         """Go on from the newest undamaged checkpoint: rank 0 reads it and sends it to the others. Collective."""
         started, found = time.monotonic(), checkpoint.Found(None, [])
 
         def read() -> checkpoint.Checkpoint | None:
             nonlocal found
-            if self.recorder.folder is None or self.config.resume == "none":
+            if self.recorder.folder is None or self.config.run.resume == "none":
                 return None
-            asked = Path(self.config.resume)
+            asked = Path(self.config.run.resume)
             if asked.parent.name == checkpoint.FOLDER:
                 checkpoint.undo_after(asked)
             found = checkpoint.newest(self.recorder.folder.checkpoints)
@@ -457,7 +389,7 @@ class Training:
                 self.recorder.folder.cut_back(0, evaluated=False)
             self.recorder.event("start", 0, processes=self.world.size)
             return TrainState()
-        refuse_other_data(self.config.dataset, was=saved.about, asked=self.dataset.facts)
+        refuse_other_data(self.config.data.dataset, was=saved.about, asked=self.dataset.facts)
         state, counts = read_state(saved.state)
         self.learner.restore(saved.parts, counts)
         for kind, plugin in self.recorder.record.plugins.items():
@@ -482,9 +414,6 @@ def load_network(run: Path | str, step: int | None = None) -> nn.Module:
         saved = checkpoint.load(checkpoints / checkpoint.name_of(step))
     if saved is None:
         raise StorageError(f"{run}: no sound checkpoint is there")
-    about = saved.about
-    config = TrainConfig.stored(about["config"])
-    classes, channels, size = len(about["class_names"]), about["channels"], about["image_size"]
-    module = build_module(config, num_classes=classes, in_channels=channels, image_size=size)
+    module = assembly.module_of(TrainConfig.stored(saved.about["config"]), saved.about)
     module.load_state_dict(saved.parts["network"])
     return module.eval()

@@ -100,6 +100,11 @@ class World:
         self._posted: Any = None
         self._pending = Ask()
 
+    @classmethod
+    def alone(cls) -> World:
+        """The world of a single process, which waits for nobody."""
+        return cls(Place(), 1.0)
+
     # -- coming and going ------------------------------------------------------------------------------------------
 
     def meet(self) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dtrain.config import TrainConfig
 from dtrain.data.beton import Beton, open_beton
 from dtrain.data.cache import convert
 from dtrain.data.dataset import DataSet, Feed, load_dataset
 from dtrain.data.format import FIELD, HEADER
 from dtrain.data.layouts import arrays
 from dtrain.data.pictures import Source, Split
+from dtrain.settings.config import TrainConfig
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -69,23 +69,14 @@ def finished(steps: Any) -> dict[str, Beton]:
 
 def loaded(config: TrainConfig) -> DataSet:
     """The data set that these settings name."""
-    steps = load_dataset(
-        config.dataset,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        conversion=config.conversion(),
-        arch=config.arch,
-        channels=config.channels,
-        val_split=config.val_split,
-        seed=config.seed,
-    )
+    steps = load_dataset(config.data, arch=config.network.arch, seed=config.run.seed)
     return finished(steps)  # type: ignore[return-value]
 
 
 def feed_of(config: TrainConfig) -> Feed:
     """Batches as these settings ask for them, in float32 on the CPU."""
     cpu = torch.device("cpu")
-    return Feed(torch.float32, cpu, config.loader, config.mean, config.std, config.channels_last)
+    return Feed(torch.float32, cpu, config.data.loader, config.data.mean, config.data.std, config.machine.channels_last)
 
 
 def edit(path: Path, at: int, data: bytes) -> None:

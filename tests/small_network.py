@@ -19,3 +19,15 @@ def small(num_classes: int, *, in_channels: int = 3) -> nn.Module:
         nn.Flatten(),
         nn.Linear(16, num_classes),
     )
+
+
+def frozen_norm(num_classes: int, *, in_channels: int = 3) -> nn.Module:
+    """The same with its first batch norm kept in evaluation mode, and so its statistics as they are."""
+    network = small(num_classes, in_channels=in_channels)
+    network[1].eval()
+    return network
+
+
+def all_in_evaluation_mode(num_classes: int, *, in_channels: int = 3) -> nn.Module:
+    """The same as a builder returns it that has just loaded and looked at it."""
+    return small(num_classes, in_channels=in_channels).eval()

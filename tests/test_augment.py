@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dtrain.config import TrainConfig
 from dtrain.data import pixels
 from dtrain.data.augment import (
     ONE,
@@ -28,6 +27,7 @@ from dtrain.data.augment import (
     undecided,
 )
 from dtrain.keyed import Stream, key
+from dtrain.settings.config import TrainConfig
 
 EVERYTHING = Augmentation(
     flip=True,
@@ -139,7 +139,7 @@ def test_an_evaluation_takes_the_middle(stored: int, corner: int) -> None:
 
 def test_settings_given_short_are_filled_up() -> None:
     def of(**settings: Any) -> Augmentation:
-        return asked_of(TrainConfig(arch="x", **settings))
+        return asked_of(TrainConfig.of(recipe="none", arch="x", **settings))
 
     assert of() == Augmentation()
     assert of(flip=True, shift=2, cutout=8) == Augmentation(flip=True, shift=2, cutout=8)

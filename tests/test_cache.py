@@ -19,13 +19,13 @@ import pytest
 from betons import CLASSES, COUNT, Pixels, converted, finished, pixels_in, pixels_of, source_of
 
 from dtrain.commands import data
-from dtrain.config import Conversion
 from dtrain.data.beton import open_beton
 from dtrain.data.cache import convert, prepare
 from dtrain.data.layouts import arrays
 from dtrain.data.pictures import BadPicture, Source, Split
 from dtrain.errors import DataError, ProcessError, StorageError
 from dtrain.files import Lock
+from dtrain.settings.data import Conversion
 
 # -- pictures that cannot be decoded -----------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from warm import Warm
 
-from dtrain.settings import PANELS, SETTINGS, flag_of
+from dtrain.settings.config import PANELS, SETTINGS
+from dtrain.settings.values import flag_of
 
 OWN_FLAGS = ["--config", "--dry-run", "--nproc", "--debug"]  # of `dtrain train`, beside those of the settings
 HEAVY = {"torch", "torchvision", "numba", "ffcv", "dtrain_zoo", "wandb", "tensorboard"}

@@ -11,12 +11,11 @@ from betons import feed_of, loaded
 from PIL import Image
 from warm import Warm
 
+from dtrain.assembly import plan_of
 from dtrain.commands.contact_sheet import GAP, MARGIN, SIDE, Tile, contact_sheet
 from dtrain.commands.data import show
-from dtrain.config import TrainConfig
-from dtrain.data.augment import asked_of
 from dtrain.errors import StorageError, UsageError
-from dtrain.training import plan_of
+from dtrain.settings.config import TrainConfig
 
 HEAD = MARGIN + 64  # above the first row of pictures
 
@@ -66,12 +65,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_a_sheet_shows_the_pixels_that_the_loader_hands_out(tmp_path: Path) -> None:
-    config = TrainConfig(**SETTINGS, cache_dir=tmp_path / "cache", jitter=0.5, cutmix=1.0)
+    config = TrainConfig.of(recipe="none", **SETTINGS, cache_dir=tmp_path / "cache", jitter=0.5, cutmix=1.0)
     told = show(config, 3, 4, tmp_path / "sheet.png")
     assert told == f"{tmp_path / 'sheet.png'}: digits, step 3 of 5, epoch 1, 4 of 8 images, 32 x 32"
     dataset = loaded(config)
-    plan = plan_of(config, dataset, 1)
-    with train_loader_of(config, dataset, plan, 0, feed_of(config)) as loader:
+    plan = plan_of(config, **dataset.sizes, world_size=1)
+    with dataset.train_loader(plan, 0, config.augmentation, feed_of(config)) as loader:
         images = loader.batch(2).images  # the third
     mean, std = (np.array(of) for of in (dataset.train.mean, dataset.train.std))
     wanted = np.rint((images.permute(0, 2, 3, 1).numpy() * std + mean) * 255).astype(np.uint8)
@@ -83,7 +82,7 @@ def test_a_sheet_shows_the_pixels_that_the_loader_hands_out(tmp_path: Path) -> N
 
 
 def test_a_step_that_is_not_there_and_a_file_that_cannot_be_are_told(tmp_path: Path) -> None:
-    config = TrainConfig(**SETTINGS, cache_dir=tmp_path / "cache")
+    config = TrainConfig.of(recipe="none", **SETTINGS, cache_dir=tmp_path / "cache")
     with pytest.raises(UsageError, match="--step 6: the run has steps 1 to 5"):
         show(config, 6, 4, tmp_path / "sheet.png")
     with pytest.raises(StorageError, match="--out .*nowhere/sheet.png: No such file or directory; name a file"):

@@ -17,8 +17,8 @@ from pets import FILES, contents, png, write_folder, write_tar
 from PIL import Image, ImageOps
 from warm import Warm
 
-from dtrain.config import TrainConfig
 from dtrain.data.dataset import DataSet
+from dtrain.settings.config import TrainConfig
 
 TAKES = "allcnn_c"
 SMALL = f"{Path(__file__).with_name('small_network.py')}:small"
@@ -43,11 +43,13 @@ def pets(folder: Path, *, gray_train: int = 4, gray_test: int = 2) -> Path:
 
 
 def loaded(dataset: Any, cache: Path, **settings: Any) -> DataSet:
-    return betons.loaded(TrainConfig(**{"arch": TAKES, **settings}, dataset=str(dataset), cache_dir=cache))
+    return betons.loaded(
+        TrainConfig.of(recipe="none", **{"arch": TAKES, **settings}, dataset=str(dataset), cache_dir=cache)
+    )
 
 
 def first_chunk(data: DataSet, **settings: Any) -> Pixels:
-    config = TrainConfig(arch=TAKES, loader="memory", **settings)
+    config = TrainConfig.of(recipe="none", arch=TAKES, loader="memory", **settings)
     chunks = data.chunks(0, 1, feed_of(config), chunk_size=500)
     with chunks.loader:
         batch = chunks.batch(0)
@@ -175,7 +177,7 @@ def cold_start(source: Path, cache: Path, output: Path, *, own_host: bool = Fals
 
     sys.addaudithook(seen)
     settings: dict[str, Any] = {"arch": SMALL, "dataset": str(source), "recipe": "none", "threads": 1, "steps": 1}
-    train(TrainConfig(**settings, batch_size=4, loader="memory", cache_dir=cache, output=output))
+    train(TrainConfig.of(recipe="none", **settings, batch_size=4, loader="memory", cache_dir=cache, output=output))
     return rank, looked, written
 
 

@@ -59,6 +59,7 @@ INSIDE = (
         ("dtrain.model.step",),
         ("dtrain.model.learner",),
         ("dtrain.model.metrics", "dtrain.model.network", "dtrain.model.nonfinite", "dtrain.model.optimization"),
+        ("dtrain.model.groups", "dtrain.model.parallel"),
     ),
 )
 DOORS = {

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pytest
 from pets import contents, images_of, refusal, write_tar
 
-from dtrain.config import Conversion
 from dtrain.data.sources import find_source, locate
+from dtrain.settings.data import Conversion
 
 NO_DOWNLOAD = {"download": "false"}
 

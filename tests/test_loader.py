@@ -21,9 +21,8 @@ from needs import need_ffcv
 from test_pixels import MEAN, STD, reference, shrunk_by_hand, written
 from warm import Warm
 
-from dtrain import keyed, training
-from dtrain.config import TrainConfig
-from dtrain.data.augment import Augmentation, asked_of, decide, mixed_labels
+from dtrain import assembly, keyed
+from dtrain.data.augment import Augmentation, decide, mixed_labels
 from dtrain.data.batch import Batch, Request
 from dtrain.data.beton import Beton
 from dtrain.data.dataset import DataSet, Feed
@@ -31,6 +30,7 @@ from dtrain.data.loader import Loader, open_loader
 from dtrain.data.pixels import lookup_table
 from dtrain.errors import DataError, UsageError
 from dtrain.plan import Plan
+from dtrain.settings.config import TrainConfig
 
 COUNT, SIZE, BATCH = 103, 16, 20  # 5 steps an epoch; 3 samples of each epoch's order are left out
 CPU = torch.device("cpu")
@@ -87,11 +87,11 @@ def config_of(**settings: Any) -> TrainConfig:
         "mean": MEAN,
         "std": STD,
     }
-    return TrainConfig(arch="allcnn_c", dataset="pets", **{**given, **settings})
+    return TrainConfig.of(recipe="none", arch="allcnn_c", dataset="pets", **{**given, **settings})
 
 
 def plan_of(config: TrainConfig, world: int = 1, train_size: int = COUNT) -> Plan:
-    return training.plan_of(config, train_size=train_size, image_size=SIZE, world_size=world)
+    return assembly.plan_of(config, train_size=train_size, image_size=SIZE, world_size=world)
 
 
 def requests(plan: Plan, rank: int = 0) -> Callable[[int], Request | None]:
@@ -169,10 +169,10 @@ def test_mixed_batches_are_made_of_partners_and_their_labels_are_shares(
     dataset: DataSet, pixels: Pixels, kind: str
 ) -> None:
     config = config_of(loader=kind, **EVERYTHING)
-    with dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
+    with dataset.train_loader(plan_of(config), 0, config.augmentation, feed_of(config)) as loader:
         batch = loader.batch(7)
     indices = batch.indices.numpy()
-    decisions = decide(asked_of(config), 7, 1, indices, SIZE)
+    decisions = decide(config.augmentation, 7, 1, indices, SIZE)
     images = written(pixels[indices], decisions, SIZE, lookup_table(MEAN, STD, "float32"))
     assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.from_numpy(images))
     labels = mixed_labels(indices * 7 % 3, decisions.tables["mix"], 3)
@@ -211,7 +211,7 @@ def test_a_network_may_see_less_than_is_stored(
     lut = lookup_table(*((weights[0],), (weights[1],)) if channels == 1 else (MEAN, STD), "float32")
     gray = ((pixels.astype(np.int64) @ [19595, 38470, 7471] + 32768) >> 16).astype(np.uint8)[..., None]
     stored = gray if channels == 1 else pixels
-    with seen.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
+    with seen.train_loader(plan_of(config), 0, config.augmentation, feed_of(config)) as loader:
         batch = loader.batch(7)
     table = decide(AUGMENTATION, 7, 1, batch.indices.numpy(), size, SIZE).moves
     images = [reference(stored[i], row, 5, lut, size) for i, row in zip(batch.indices, table.tolist(), strict=True)]
@@ -263,7 +263,7 @@ def walked_before(beton: Beton, steps: range, augmentation: Augmentation = AUGME
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
 def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: Beton, settings: Any) -> None:
-    augmentation = asked_of(config_of(**settings))
+    augmentation = config_of(**settings).augmentation
     wanted = walked_before(beton, range(15), augmentation)
     assert len(set(wanted)) == 15
     for kind in KINDS:
@@ -275,7 +275,7 @@ def test_ffcv_and_memory_with_1_or_2_or_3_kernel_threads_give_equal_bits(beton: 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["moves", "everything"])
 def test_a_jump_to_any_step_gives_what_walking_there_gives(beton: Beton, kind: str, settings: Any) -> None:
-    augmentation = asked_of(config_of(**settings))
+    augmentation = config_of(**settings).augmentation
     wanted = walked_before(beton, range(15), augmentation)
     for start in range(15):
         loader = opened(beton, requests(plan_of(config_of())), kind, augmentation=augmentation)
@@ -324,7 +324,7 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
     def checksum(config: TrainConfig, step: int, world: int = 1) -> int:
         total = 0
         for rank in range(world):
-            with dataset.train_loader(plan_of(config, world), rank, asked_of(config), feed_of(config)) as loader:
+            with dataset.train_loader(plan_of(config, world), rank, config.augmentation, feed_of(config)) as loader:
                 batch = loader.batch(step)
             assert (batch.checksum.dtype, batch.checksum.shape) == (torch.int64, ())
             total += int(batch.checksum)
@@ -350,7 +350,7 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
 def test_an_epoch_has_no_sample_twice_and_each_epoch_another_order(dataset: DataSet, kind: str) -> None:
     config = config_of(loader=kind)
     seen = []
-    with dataset.train_loader(plan_of(config), 0, asked_of(config), feed_of(config)) as loader:
+    with dataset.train_loader(plan_of(config), 0, config.augmentation, feed_of(config)) as loader:
         for epoch in range(3):
             steps = range(epoch * 5, epoch * 5 + 5)
             seen.append([index for step in steps for index in loader.batch(step).indices.tolist()])
@@ -403,7 +403,7 @@ def staged(plan: Plan, rank: int = 0, world: int = 1) -> Callable[[int], Request
         if step >= plan.total_steps:
             return None
         first, end = (at * (BATCH // 2) // world * 2 for at in (rank, rank + 1))
-        return Request(plan.batch(step)[first:end], plan.epoch_at(step), (SIZE, 12, 7)[plan.epoch_at(step)])
+        return Request(plan.batch(step)[first:end], plan.at(step).epoch, (SIZE, 12, 7)[plan.at(step).epoch])
 
     return request_at
 
@@ -412,7 +412,7 @@ def staged(plan: Plan, rank: int = 0, world: int = 1) -> Callable[[int], Request
 def test_a_stage_shrinks_the_pictures_and_leaves_draws_labels_and_checksums_as_they_are(
     beton: Beton, pixels: Pixels, kind: str, settings: Any
 ) -> None:
-    augmentation, plan = asked_of(config_of(**settings)), plan_of(config_of())
+    augmentation, plan = config_of(**settings).augmentation, plan_of(config_of())
     lut = lookup_table(MEAN, STD, "float32")
     full = opened(beton, requests(plan), kind, augmentation=augmentation)
     stages = opened(beton, staged(plan), kind, augmentation=augmentation)
@@ -431,7 +431,7 @@ def test_a_stage_shrinks_the_pictures_and_leaves_draws_labels_and_checksums_as_t
 
 
 def test_stages_are_equal_for_both_readers_any_threads_and_after_a_jump(beton: Beton) -> None:
-    plan, augmentation = plan_of(config_of()), asked_of(config_of(**EVERYTHING))
+    plan, augmentation = plan_of(config_of()), config_of(**EVERYTHING).augmentation
     wanted = walked(opened(beton, staged(plan), "memory", augmentation=augmentation), range(15))
     assert len(set(wanted)) == 15
     for kind in KINDS:
@@ -443,7 +443,7 @@ def test_stages_are_equal_for_both_readers_any_threads_and_after_a_jump(beton: B
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_a_stage_gives_every_world_the_same_batches(beton: Beton, kind: str, world: int) -> None:
-    plan, augmentation = plan_of(config_of()), asked_of(config_of(**EVERYTHING))
+    plan, augmentation = plan_of(config_of()), config_of(**EVERYTHING).augmentation
     whole = opened(beton, staged(plan), kind, augmentation=augmentation)
     shares = [opened(beton, staged(plan, rank, world), kind, augmentation=augmentation) for rank in range(world)]
     for step in (4, 5, 12):
@@ -682,7 +682,7 @@ def test_an_evaluation_reads_each_sample_once_in_the_same_chunks_for_every_world
 
 def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_twice(tmp_path: Path) -> None:
     given = {"arch": "allcnn_c", "dataset": "digits", "cache_dir": tmp_path, "val_split": 0.1}
-    sets = [loaded(TrainConfig(**given, seed=seed)) for seed in (0, 0, 1)]  # type: ignore[arg-type]
+    sets = [loaded(TrainConfig.of(recipe="none", **given, seed=seed)) for seed in (0, 0, 1)]  # type: ignore[arg-type]
     held, again, other = (data.evaluation_samples.tolist() for data in sets)
     assert held == again != other
     data = sets[0]
@@ -695,7 +695,7 @@ def test_a_validation_split_is_disjoint_from_training_stratified_and_the_same_tw
 
 
 def test_without_a_validation_split_the_test_set_is_evaluated(tmp_path: Path) -> None:
-    data = loaded(TrainConfig(arch="allcnn_c", dataset="digits", cache_dir=tmp_path))
+    data = loaded(TrainConfig.of(recipe="none", arch="allcnn_c", dataset="digits", cache_dir=tmp_path))
     assert (len(data.train_samples), len(data.evaluation_samples), data.evaluation_split) == (1437, 360, "test")
     assert data.evaluation.sha256 != data.train.sha256
 

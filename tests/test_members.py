@@ -15,10 +15,10 @@ from betons import finished
 from pets import FILES, contents, drained, images_of, pixels_of, png, refusal, write_folder, write_tar
 from PIL import Image
 
-from dtrain.config import Conversion
 from dtrain.data.cache import prepare
 from dtrain.data.sources import digest_of, find_source, locate
 from dtrain.errors import DataError
+from dtrain.settings.data import Conversion
 
 # -- folders and tars --------------------------------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ import pytest
 from PIL import Image
 from warm import Result, Warm, run_dtrain
 
-from dtrain.config import TrainConfig
 from dtrain.run.console import three_ways
 from dtrain.run.rows import TrainRow
 from dtrain.run.rundir import read_record, read_rows
+from dtrain.settings.config import TrainConfig
 
 HERE = Path(__file__).parent
 SMALL = f"{HERE / 'small_network.py'}:small"

@@ -68,9 +68,14 @@ def muon(groups: Any, **options: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def group(parameters: list[nn.Parameter], *roles: str, **more: Any) -> dict[str, Any]:
+    """A group as the trainer makes them; the last role is that of all the rest."""
+    return {"params": parameters, "roles": [*roles, *[roles[-1]] * (len(parameters) - len(roles))], **more}
+
+
 def filters() -> list[nn.Parameter]:
-    """Three wide filters of one shape, a tall matrix, and the classifier, which is the last."""
-    shapes = [(8, 4, 3, 3), (8, 4, 3, 3), (24, 8), (8, 4, 3, 3), (10, 24)]
+    """The classifier, which comes first, and three wide filters of one shape with a tall matrix between them."""
+    shapes = [(10, 24), (8, 4, 3, 3), (8, 4, 3, 3), (24, 8), (8, 4, 3, 3)]
     return [nn.Parameter(torch.randn(shape)) for shape in shapes]
 
 
@@ -88,12 +93,12 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def test_filters_follow_the_published_algorithm() -> None:
     parameters = filters()
-    references = [Reference(p.detach(), torch.bfloat16) for p in parameters[:-1]]
-    optimizer = muon([{"params": parameters}])
+    references = [Reference(p.detach(), torch.bfloat16) for p in parameters[1:]]
+    optimizer = muon([group(parameters, "head", "filter")])
     for step in range(3):
         give_gradients(parameters, step)
         optimizer.step()
-        for parameter, reference in zip(parameters, references, strict=False):
+        for parameter, reference in zip(parameters[1:], references, strict=True):
             assert parameter.grad is not None
             reference.step(parameter.grad)
             assert distance(parameter.detach(), reference.weight) < CLOSE
@@ -111,15 +116,14 @@ def test_bfloat16_stays_within_the_tolerance_of_the_algorithm_in_float64() -> No
 def test_filters_of_one_shape_together_are_each_alone() -> None:
     together = filters()
     alone = copy.deepcopy(together)
-    optimizer = muon([{"params": together}])
-    # a classifier that never moves behind each filter, so that the filter is not taken for one
-    singles = [muon([{"params": [p, nn.Parameter(torch.zeros(2, 2))]}]) for p in alone[:-1]]
+    optimizer = muon([group(together, "head", "filter")])
+    singles = [muon([group([p], "filter")]) for p in alone[1:]]
     for step in range(3):
         give_gradients(together, step)
         give_gradients(alone, step)
         for one in (optimizer, *singles):
             one.step()
-    for a, b in zip(together[:-1], alone[:-1], strict=True):
+    for a, b in zip(together[1:], alone[1:], strict=True):
         assert distance(a.detach(), b.detach()) < CLOSE
 
 
@@ -127,7 +131,8 @@ def test_the_classifier_biases_and_norms_take_torchs_sgd() -> None:
     head, bias = nn.Parameter(torch.randn(10, 24)), nn.Parameter(torch.randn(10))
     hidden = nn.Parameter(torch.randn(24, 8))
     twins = [nn.Parameter(p.detach().clone()) for p in (head, bias)]
-    optimizer = muon([{"params": [hidden, head]}, {"params": [bias]}], aux_lr=0.02, aux_weight_decay=0.3)
+    groups = [group([head, hidden], "head", "filter"), group([bias], "vector", decays=False, weight_decay=0.0)]
+    optimizer = muon(groups, aux_lr=0.02, aux_weight_decay=0.3)
     sgd = torch.optim.SGD(
         [{"params": twins[:1], "weight_decay": 0.3}, {"params": twins[1:]}], 0.02, momentum=MOMENTUM, nesterov=True
     )
@@ -145,7 +150,7 @@ def test_a_channels_last_filter_moves_as_a_contiguous_one() -> None:
     plain = nn.Parameter(torch.randn(8, 4, 3, 3))
     other = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
     for parameter in (plain, other):
-        optimizer = muon([{"params": [parameter, nn.Parameter(torch.zeros(2, 2))]}])
+        optimizer = muon([group([parameter], "filter")])
         give_gradients([parameter], 0)
         optimizer.step()
         assert optimizer.state[parameter]["momentum_buffer"].stride() == parameter.stride()
@@ -154,14 +159,58 @@ def test_a_channels_last_filter_moves_as_a_contiguous_one() -> None:
 
 def test_state_survives_a_state_dict() -> None:
     parameters = filters()
-    optimizer = muon([{"params": parameters}])
+    optimizer = muon([group(parameters, "head", "filter")])
     for step in range(2):
         give_gradients(parameters, step)
         optimizer.step()
     again = copy.deepcopy(parameters)
-    restored = muon([{"params": again}])
+    restored = muon([group(again, "head", "filter")])
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each, its in ((parameters, optimizer), (again, restored)):
         give_gradients(each, 2)
         its.step()
     assert all(torch.equal(a, b) for a, b in zip(parameters, again, strict=True))
+
+
+def test_roles_choose_and_neither_order_nor_shape() -> None:
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((4, 4), (4, 4), (1, 3, 4))]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = muon([group(parameters, "head", "filter", "embedding", weight_decay=0.0)])
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    optimizer.step()
+    head, hidden, token = (float((p.detach() - b).norm()) for p, b in zip(parameters, before, strict=True))
+    assert 0.5 * LR < hidden < 1.5 * LR  # the nearest orthogonal matrix, however small the gradient; its rank is 1
+    assert max(head, token) < 1e-5
+
+
+def test_groups_keep_their_rates_and_decays() -> None:
+    def one(*shape: int) -> list[nn.Parameter]:
+        return [nn.Parameter(torch.zeros(shape or (2, 2)))]
+
+    groups = [
+        group(one(), "filter", lr=0.1, weight_decay=0.5),  # its own
+        group(one(), "filter", lr=0.01, lr_scale=0.5, weight_decay=0.25),  # half of the rate of all
+        group(one(), "head", lr=0.01, lr_scale=0.5, weight_decay=0.25),  # half of the others' rate
+        group(one(), "head", lr=0.3, weight_decay=0.125),  # its own
+        group(one(3), "vector", lr=0.02, weight_decay=0.0, decays=False),
+    ]
+    make = plugins.load(plugins.find("optimizer", "muon"))
+    made = make(groups, lr=0.02, weight_decay=0.25, aux_lr=0.002, aux_weight_decay=0.75).param_groups
+    found = [(g["lr"], g["weight_decay"], g["orthogonal"]) for g in made]
+    orthogonal, others = [(0.1, 0.5, True), (0.01, 0.25, True)], [(0.001, 0.75, False), (0.3, 0.125, False)]
+    assert found == [*orthogonal, *others, (0.002, 0.0, False)]
+
+
+def test_without_native_bfloat16_newton_schulz_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtrain_zoo.muon import has_bfloat16, orthogonalize
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    has_bfloat16.cache_clear()
+    try:
+        matrix = torch.randn(24, 36)
+        (found,) = orthogonalize(matrix[None], 5)
+    finally:
+        has_bfloat16.cache_clear()
+    exact = newton_schulz(matrix.double(), torch.float64)
+    assert float((found - exact).norm()) / 24**0.5 < 1e-4  # bfloat16 is some hundredths off

@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from warm import Warm
 
 from dtrain import plugins
+from dtrain.assembly import plan_of
 from dtrain.data.batch import Batch
 from dtrain.errors import UsageError
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import Outcome, Sums, Tally
-from dtrain.model.network import Network, average_of
+from dtrain.model.network import Average, Network
 from dtrain.model.nonfinite import GIVE_UP_STEPS, Before, gradients_not_finite, poisoned, told
 from dtrain.model.step import StepOptions, apply_unless, backward, train_step
 from dtrain.plan import Share
 from dtrain.run.checkpoint import digest
-from dtrain.training import plan_of
+from dtrain.settings.config import TrainConfig
 from dtrain.world import Place, World
 
 BRIGHT = f"{Path(__file__).with_name('faulty_networks.py')}:bright"
@@ -46,7 +47,7 @@ def learner(optimizer: str, dtype: torch.dtype = torch.float32) -> Learner:
     groups = [{"params": [p for p in module.parameters() if (p.ndim >= 2) == many]} for many in (True, False)]
     made = plugins.load(plugins.find("optimizer", optimizer))(groups, lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype == torch.float16)
-    return Learner(Network(module, module, dtype, CPU), made, scaler, average_of(module, 0.9))
+    return Learner(Network(module, module, dtype, CPU), made, scaler, Average(module, 0.9))
 
 
 def batch(seed: int, *, poison: bool = False) -> Batch:
@@ -147,6 +148,7 @@ def test_an_infinite_loss_with_a_finite_gradient_makes_the_gradient_not_finite_t
 
     assert gradient_of(lambda loss, _: loss).isfinite().all()
     assert not gradient_of(poisoned).isfinite().any()
+    assert poisoned(torch.tensor(1.0), torch.tensor([1.0, 1e7])).isnan()  # too large to be counted
     fine = torch.tensor([1.0, 2.0])
     assert poisoned(fine.mean(), fine) == 1.5
 
@@ -167,7 +169,7 @@ def test_the_first_fault_is_kept_and_the_streak_outlives_a_read() -> None:
     for number, poison in enumerate([False, True, False, True, True]):
         options = SKIP if poison else plain
         tally += train_step(one, batch(number, poison=poison), options, HALVES)
-    config = TrainConfig(arch="x", batch_size=8, steps=20)
+    config = TrainConfig.of(recipe="none", arch="x", batch_size=8, steps=20)
     plan = plan_of(config, train_size=80, image_size=32, world_size=1)
     fault = tally.first_fault(world, plan, 15)
     assert (fault.step, fault.positions) == (12, [4, 5, 6, 7])  # batch norm: the whole micro-batch
@@ -189,7 +191,7 @@ def faults() -> list[tuple[int, list[int]]]:
     """What a tally of three processes finds, whose outcomes have the losses that are written here."""
     from dtrain.world import place
 
-    config = TrainConfig(arch="x", batch_size="7,5@1", epochs=3)
+    config = TrainConfig.of(recipe="none", arch="x", batch_size="7,5@1", epochs=3)
     plan = plan_of(config, train_size=35, image_size=32, world_size=3)  # 5 steps of 7, then 7 an epoch of 5
     world = World(place(), 30)
     world.meet()
@@ -224,8 +226,8 @@ def faults() -> list[tuple[int, list[int]]]:
 
 
 def test_a_fault_is_told_with_its_first_samples() -> None:
-    assert told(7, [9, 3]) == "the loss of step 7 is not finite for training samples 3, 9"
-    assert told(7, [3]) == "the loss of step 7 is not finite for training sample 3"
+    assert told(7, [9, 3]) == "the loss of step 7 is not finite, or above 1048576, for training samples 3, 9"
+    assert told(7, [3]) == "the loss of step 7 is not finite, or above 1048576, for training sample 3"
     assert told(7, list(range(7))).endswith("samples 0, 1, 2, 3, 4 and 2 more")
     assert told(7, []) == "the gradient of step 7 is not finite"
 
@@ -295,8 +297,8 @@ def test_a_run_that_ends_names_the_first_step_and_its_samples_and_replay_shows_t
     assert first >= 2, wanted  # else there is nothing to be lost
     (line,) = (result.err for result in results if result.err)
     match = re.fullmatch(
-        r"error: the loss of step (\d+) is not finite for training samples? ([\d, ]+); the last checkpoint is from "
-        r"before it; .*; to look at it: (dtrain .*)\n",
+        r"error: the loss of step (\d+) is not finite, or above 1048576, for training samples? ([\d, ]+); "
+        r"the last checkpoint is from before it; .*; to look at it: (dtrain .*)\n",
         line,
     )
     assert match, line
@@ -336,7 +338,7 @@ def test_skipping_is_told_and_ends_the_run_when_nothing_else_is_left(ranks: Warm
     (result,) = ranks([*argv, "--lr", "1e30", "--opt-opt", "nesterov=false", "--steps", 60], world=1)
     assert result.code == 5, result.err
     *warnings, told_last = result.err.splitlines()
-    assert re.match(r"warning: \d updates were skipped up to step 10; the loss of step \d is not finite f", warnings[0])
+    assert re.match(r"warning: \d updates were skipped up to step 10; the loss of step \d is not finite, ", warnings[0])
     assert re.match(r"warning: 10 updates were skipped up to step 20; the loss of step 11 is not", warnings[1])
     assert len(warnings) == 2
     assert re.match(r"error: 2\d updates in a row were skipped up to step 29; the loss of step", told_last)

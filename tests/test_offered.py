@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from pets import images_of, refusal
 
-from dtrain.config import Conversion
 from dtrain.data.sources import digest_of, find_source, locate
 from dtrain.errors import DataError, UsageError
+from dtrain.settings.data import Conversion
 
 SETS = """
 import numpy as np

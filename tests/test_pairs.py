@@ -13,10 +13,10 @@ import pytest
 from betons import CLASSES, Pixels, converted, finished, pixels_in, pixels_of, smooth, source_of
 from needs import need_ffcv
 
-from dtrain.config import Conversion
 from dtrain.data.cache import prepare
 from dtrain.data.sources import digest_of, find_source, locate
 from dtrain.errors import DataError
+from dtrain.settings.data import Conversion
 
 
 def images_of(folder: Path, split: str, **asked: Any) -> list[Pixels]:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tomli_w
 
-from dtrain.config import TrainConfig
+from dtrain.assembly import plan_of
 from dtrain.errors import UsageError
 from dtrain.plan import Plan, cuts, shares_of
 from dtrain.plugins import recipes
+from dtrain.settings.config import TrainConfig
 from dtrain.settings.staged import Staged
-from dtrain.training import plan_of
 
 DIGITS, CIFAR = 1_437, 50_000
 
@@ -325,4 +325,7 @@ def test_where_memory_is_short_half_as_many_images_at_a_time_are_advised(
 @pytest.mark.parametrize("value", [64, "64", " 64 ", 64.0, Staged.parse(64), "64,64@3"])
 def test_a_size_that_never_changes_is_one_value_however_it_is_given(value: Any) -> None:
     assert plan(batch_size=value) == plan(batch_size=64)
-    assert TrainConfig(arch="x", batch_size=value).digest() == TrainConfig(arch="x", batch_size=64).digest()
+    assert (
+        TrainConfig.of(recipe="none", arch="x", batch_size=value).digest()
+        == TrainConfig.of(recipe="none", arch="x", batch_size=64).digest()
+    )

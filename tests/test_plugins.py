@@ -18,8 +18,8 @@ from warm import REPOSITORY, Warm
 
 from dtrain import plugins
 from dtrain.commands.new_plugin import new_plugin
-from dtrain.config import TrainConfig
 from dtrain.errors import PluginError, UsageError
+from dtrain.settings.config import TrainConfig
 
 README = REPOSITORY / "plugins" / "README.md"
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -374,7 +374,7 @@ def test_options_have_the_types_of_the_signature_even_beside_one_that_cannot_be_
         ("width", "2.5", "typed: width=2.5: give a whole number"),
         ("rate", "fast", "typed: rate=fast: give a number"),
         ("bias", "yes", "typed: bias=yes: give true or false"),
-        ("norm", "bach", "typed: norm=bach: did you mean 'batch'?"),
+        ("norm", "bach", "typed: norm=bach: not a choice; did you mean 'batch'?"),
     ],
 )
 def test_a_wrong_option_is_told_in_one_line(name: str, text: str, told: str) -> None:

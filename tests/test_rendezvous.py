@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 
 def three_runs(folder: Path, cache: Path) -> list[str]:
     """How three runs end that one process begins in a row: before there is a group, in the middle, and well."""
-    from dtrain.config import TrainConfig
     from dtrain.errors import DtrainError
+    from dtrain.settings.config import TrainConfig
     from dtrain.training import train
 
     ended = []

@@ -36,8 +36,8 @@ def runs(
     the digests of those that came to their end.
     """
     from dtrain.commands.prove import digests
-    from dtrain.config import TrainConfig
     from dtrain.errors import Stopped
+    from dtrain.settings.config import TrainConfig
     from dtrain.training import train
     from dtrain.world import place
 
@@ -88,9 +88,9 @@ class Runs:
         self._ranks, self._folder = ranks, folder
         self._about = {"folder": folder, "cache": cache, "optimizer": optimizer, "fused": fused, "more": more or {}}
 
-    def go(self, world: int, todo: Sequence[tuple[str, int | None]]) -> dict[str, dict[str, str]]:
+    def go(self, world: int, todo: Sequence[tuple[str, int | None]], timeout: float = 60) -> dict[str, dict[str, str]]:
         kwargs = {**self._about, "todo": list(todo)}
-        ended: dict[str, dict[str, str]] = self._ranks.call("test_resume:runs", world, kwargs)[0]
+        ended: dict[str, dict[str, str]] = self._ranks.call("test_resume:runs", world, kwargs, timeout=timeout)[0]
         return ended
 
 
@@ -135,11 +135,8 @@ STAGED = {
 def test_sizes_that_change_at_epochs_change_again_after_a_stop_before_at_or_after_the_change(
     ranks: Warm, tmp_path: Path, cache: Path, what: str, world: int
 ) -> None:
-    from dtrain.data.loader import Request
     from dtrain.run.rundir import comparable, read_rows
 
-    if what == "image" and "image_size" not in Request.__dataclass_fields__:
-        pytest.skip("the loader does not shrink images yet")
     more = {**STAGED[what], "log_interval": 1, "eval_every": "1epoch"}
     some = Runs(ranks, tmp_path, cache, "sgd", True, more)
     straight = some.go(world, [("straight", None), *((f"at-{k}", k) for k in STOPS)])["straight"]
@@ -148,6 +145,32 @@ def test_sizes_that_change_at_epochs_change_again_after_a_stop_before_at_or_afte
     seen = [(row["step"], row["epoch"], row["samples"]) for row in rows if row["kind"] == "train"]
     assert seen == [(1, 0.5, 480), (2, 1, 960), (3, 1.5, 1661), (4, 2, 2362), (5, 2.2, 2602), (6, 2.4, 2842)]
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [2, 2, 4, 4, 6, 6]  # raw weights and EMA
+
+
+def test_a_batch_norm_that_the_builder_froze_stays_frozen_over_evaluations_and_stops(
+    ranks: Warm, tmp_path: Path, cache: Path
+) -> None:
+    import torch
+
+    from dtrain import load_network
+
+    network = f"{Path(__file__).with_name('small_network.py')}:frozen_norm"
+    some = Runs(ranks, tmp_path, cache, "sgd", True, {"arch": network})  # evaluates after steps 2, 4 and 6
+    straight = some.go(1, [("straight", None), ("at-1", 1), ("at-3", 3), ("at-5", 5)])["straight"]
+    resumed = some.go(1, [("at-1", None), ("at-3", None), ("at-5", None)])
+    assert resumed == {"at-1": straight, "at-3": straight, "at-5": straight}
+    ended = load_network(tmp_path / "straight")
+    assert torch.equal(ended[1].running_mean, torch.zeros(8))  # as batch norm begins
+    assert not torch.equal(ended[5].running_mean, torch.zeros(16))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_compiled_network_resumes_to_the_bit(ranks: Warm, tmp_path: Path, cache: Path, world: int) -> None:
+    some = Runs(ranks, tmp_path, cache, "sgd", True, {"compile": True})
+    straight = some.go(world, [("straight", None), ("at-2", 2), ("at-3", 3)], timeout=240)["straight"]
+    assert some.go(world, [("at-2", None), ("at-3", None)], timeout=240) == {"at-2": straight, "at-3": straight}
 
 
 def test_the_digests_tell_two_runs_apart(ranks: Warm, tmp_path: Path, cache: Path) -> None:

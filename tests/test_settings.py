@@ -16,8 +16,9 @@ from warm import REPOSITORY, Warm
 
 from dtrain.errors import UsageError
 from dtrain.plugins import listed, read_recipe, recipes
-from dtrain.settings import PANELS, SETTINGS, TrainConfig, identity
+from dtrain.settings import identity
 from dtrain.settings.augmentation import Augmentation
+from dtrain.settings.config import PANELS, SETTINGS, TrainConfig
 from dtrain.settings.staged import Staged
 from dtrain.settings.values import Every, Setting, Span, Unfit
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pets import FILES, contents, drained, images_of, pixels_of, png, refusal, write_folder, write_tar
 
-from dtrain.config import Conversion
 from dtrain.data.sources import digest_of, find_source, locate
 from dtrain.errors import DataError, UsageError
+from dtrain.settings.data import Conversion
 
 NO_DOWNLOAD = {"download": "false"}
 

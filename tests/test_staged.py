@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
+from dtrain.settings import identity
+from dtrain.settings.config import TrainConfig
 from dtrain.settings.staged import Staged
 
 
@@ -72,12 +73,14 @@ def test_flags_files_and_python_say_it_alike_and_a_run_keeps_it(tmp_path: Path) 
     file.write_text('arch = "allcnn_c"\nrecipe = "none"\nbatch_size = "64,640@200"\nimage_size = 24\n')
     from_file = TrainConfig.of(file)
     from_flags = TrainConfig.of(arch="allcnn_c", recipe="none", batch_size="64,640@200", image_size="24")
-    by_hand = TrainConfig(arch="allcnn_c", batch_size=Staged.parse("64,640@200"), image_size=Staged.parse(24))
-    assert from_file.results() == from_flags.results() == by_hand.results()
+    by_hand = TrainConfig.of(
+        recipe="none", arch="allcnn_c", batch_size=Staged.parse("64,640@200"), image_size=Staged.parse(24)
+    )
+    assert identity.results(from_file) == identity.results(from_flags) == identity.results(by_hand)
     assert (from_file.settings()["batch_size"], from_file.settings()["image_size"]) == ("64,640@200", 24)
     assert TrainConfig.stored(from_file.settings()).batch_size == Staged.parse("64,640@200")
 
 
 def test_images_are_stored_in_the_largest_size() -> None:
-    config = TrainConfig(arch="x", image_size=Staged.parse("32,48@3,24@5"))
+    config = TrainConfig.of(recipe="none", arch="x", image_size=Staged.parse("32,48@3,24@5"))
     assert config.conversion().image_size == 48

@@ -12,16 +12,15 @@ import torch
 from small_network import small
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from warm import Warm
 
-from dtrain.config import TrainConfig
 from dtrain.data.batch import Batch
 from dtrain.keyed import Stream, torch_seed
+from dtrain.model.groups import grouped
 from dtrain.model.learner import Learner
 from dtrain.model.metrics import LOSS_UNIT, Sums, Tally, no_sums, sums_of
-from dtrain.model.network import Network, average_of
-from dtrain.model.optimization import build_optimizer, pack, unpack
+from dtrain.model.network import Average, Network
+from dtrain.model.optimization import build_optimizer, chosen_optimizer, clip, pack, unpack
 from dtrain.model.step import StepOptions, eval_step, loss_of, seed_step, train_step
 from dtrain.plan import Share, shares_of
 
@@ -49,7 +48,7 @@ def stepped(
     *,
     dtype: torch.dtype = torch.float32,
     scaler: torch.amp.GradScaler | None = None,
-    ema: AveragedModel | None = None,
+    ema: Average | None = None,
     lr: float = 0.1,
 ) -> tuple[nn.Module, Tensor]:
     """The module after one SGD step, and the sums."""
@@ -81,6 +80,44 @@ def test_clipping_limits_the_norm_of_the_unscaled_gradient() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaled, _ = stepped(plain(), StepOptions(0.0, 0.01), lr=1.0, scaler=scaler)
     assert distance(scaled, clipped) < 1e-6
+
+
+def test_a_gradient_whose_norm_is_too_large_for_float32_is_clipped_and_keeps_its_direction() -> None:
+    module = nn.Linear(2, 1)
+    module.weight.grad, module.bias.grad = torch.tensor([[3e38, -3e38]]), torch.tensor([1.5e38])
+    clip(module, 3.0)
+    assert module.weight.grad.tolist() == [pytest.approx([2.0, -2.0])]  # (2, -2, 1) has norm 3
+    assert module.bias.grad.tolist() == pytest.approx([1.0])
+    module.weight.grad, module.bias.grad = torch.tensor([[3e38, torch.inf]]), torch.tensor([1.0])
+    clip(module, 3.0)
+    assert not module.weight.grad.isfinite().all()  # so that it is found
+
+
+def test_an_ordinary_gradient_is_clipped_to_the_bits_of_torch() -> None:
+    for largest in (1e-3, 0.7, 1e3):
+        ours, torchs = plain(), plain()
+        for number, (p, q) in enumerate(zip(ours.parameters(), torchs.parameters(), strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+            q.grad = p.grad.clone()
+        clip(ours, largest)
+        nn.utils.clip_grad_norm_(torchs.parameters(), largest)
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), torchs.parameters(), strict=True))
+
+
+def test_momentum_is_none_though_the_first_update_under_float16_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what fused SGD allocates for its momentum is then left as it was in memory: here a large number
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda of: empty_like(of).fill_(7e5))
+    module = plain()
+    network = Network(module, module, torch.float16, CPU)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
+    learner = Learner(network, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**60), None)
+    train_step(learner, batch(), StepOptions(24, 0.0, None))
+    assert distance(module, plain()) == 0
+    learner.scaler.update(2.0**8)
+    train_step(learner, batch(), StepOptions(24, 0.0, None))
+    usual, _ = stepped(plain(), StepOptions(24, 0.0, None))
+    assert 0 < distance(module, usual) < 1e-3  # the first step with momentum is one without
 
 
 def test_float16_steps_by_scaled_losses_and_leaves_out_a_step_that_overflows() -> None:
@@ -145,9 +182,9 @@ def test_auxiliary_logits_count_a_third_or_so_and_only_the_first_are_counted_as_
 
 
 def test_biases_and_norms_do_not_decay() -> None:
-    config = TrainConfig(arch="x", opt="sgd", weight_decay=0.25)
     module = small(10)
-    decayed = build_optimizer(config, module).param_groups
+    choice = chosen_optimizer("sgd", {}, weight_decay=0.25)
+    decayed = build_optimizer(choice, grouped(module, lr=0.1), module, lr=0.1).param_groups
     of = {id(p): group["weight_decay"] for group in decayed for p in group["params"]}
     decays = {name: of[id(p)] for name, p in module.named_parameters()}
     assert decays == {
@@ -166,8 +203,7 @@ def test_biases_and_norms_do_not_decay() -> None:
 
 def test_the_ema_is_its_formula() -> None:
     module = plain()
-    ema = average_of(module, 0.9)
-    assert ema is not None
+    ema = Average(module, 0.9)
     first, _ = stepped(module, StepOptions(0.0, None), ema=ema)
     after_first = [p.detach().clone() for p in first.parameters()]
     stepped(module, StepOptions(0.0, None), ema=ema)
@@ -177,13 +213,37 @@ def test_the_ema_is_its_formula() -> None:
 
 def test_the_ema_averages_statistics_and_copies_counts() -> None:
     module = nn.BatchNorm1d(1, momentum=0.5)
-    ema = average_of(module, 0.75)
-    assert ema is not None
+    ema = Average(module, 0.75)
     for value in (4.0, 12.0):  # running means 0.5 * 4 = 2, then 0.5 * 2 + 0.5 * 12 = 7
         module(torch.full((3, 1), value))
-        ema.update_parameters(module)
+        ema.update()
     assert ema.module.running_mean.item() == 0.75 * 2 + 0.25 * 7
     assert ema.module.num_batches_tracked.item() == 2
+
+
+def test_the_ema_follows_a_buffer_that_the_network_replaces() -> None:
+    class Replaces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1))
+
+    module = Replaces()
+    ema = Average(module, 0.75)
+    for value in (2.0, 6.0):
+        module.mean = torch.tensor([value])
+        ema.update()
+    assert ema.module.mean.item() == 0.75 * 2 + 0.25 * 6
+
+
+def test_an_update_of_the_ema_reads_nothing_from_a_device() -> None:
+    from test_nonfinite import Reads
+
+    module = small(5)
+    ema = Average(module, 0.9)
+    with Reads() as reads:
+        ema.update()
+        ema.update()
+    assert reads.count == 0
 
 
 def test_sums_of_a_batch_in_any_cut_are_the_same_bits() -> None:
@@ -207,6 +267,15 @@ def test_a_loss_that_is_not_finite_is_counted_and_added_to_nothing() -> None:
     losses = torch.tensor([1.0, math.nan, math.inf])
     sums = Sums.of(sums_of(losses, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), top5=False).tolist())
     assert (sums.images, sums.nonfinite, sums.loss) == (3, 2, 1.0)
+
+
+def test_a_loss_too_large_for_the_sums_counts_as_one_that_is_not_finite() -> None:
+    losses = torch.tensor([1.0, 2.0**20, 2.0**20 + 1, 8.8e12, 3e38])
+    sums = Sums.of(sums_of(losses, torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64), top5=False).tolist())
+    assert (sums.images, sums.nonfinite, sums.loss) == (5, 3, (1 + 2**20) / 2)
+    million = torch.full((2**20,), 2.0**20)
+    whole = sums_of(million, torch.zeros(2**20, 1), torch.zeros(2**20, dtype=torch.int64), top5=False)
+    assert Sums.of((7 * whole).tolist()).loss == 2.0**20  # 7 x 2^20 images with the largest loss that counts
 
 
 def test_a_step_adds_the_checksum_of_its_batch_once() -> None:
@@ -269,6 +338,32 @@ def test_restored_state_lies_in_memory_as_its_parameter_does(kind: Any) -> None:
     assert all(torch.equal(again.tensors[name], value) for name, value in packed.tensors.items())
 
 
+def test_state_comes_back_in_its_own_type() -> None:
+    module = nn.Linear(3, 2)
+    types = (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float64, torch.float32)
+    optimizer, again = (torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2))
+    state = optimizer.state[module.weight]
+    for dtype in types:
+        state[f"shaped {dtype}"] = torch.ones(2, 3, dtype=dtype)
+        state[f"alone {dtype}"] = torch.ones((), dtype=dtype)
+    unpack(again, module, pack(optimizer, module))
+    found = {key: value.dtype for key, value in again.state[module.weight].items()}
+    assert found == {key: value.dtype for key, value in state.items()}
+    assert all(again.state[module.weight][key] is not value for key, value in state.items())
+    assert module.bias not in again.state
+
+
+def test_how_the_machine_computes_is_not_restored() -> None:
+    module = nn.Linear(3, 2)
+    fused, plain_one = (torch.optim.Adam(module.parameters(), lr=0.1, fused=fused) for fused in (True, False))
+    module(torch.ones(1, 3)).sum().backward()
+    fused.step()
+    unpack(plain_one, module, pack(fused, module))
+    assert plain_one.param_groups[0]["fused"] is False
+    assert plain_one.param_groups[0]["betas"] == (0.9, 0.999)
+    assert plain_one.param_groups[0]["params"] == list(module.parameters())
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("world", "size"), [(2, 64), (3, 64), (3, 7), pytest.param(5, 64, marks=pytest.mark.slow)], ids=str
@@ -300,7 +395,6 @@ def shares(size: int, accumulation: int) -> dict[str, Any]:
     """The gradient from this process's share of a batch, in micro-batches, through DDP where there are others."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from dtrain import runtime
     from dtrain.model.network import wrap
     from dtrain.model.step import backward
     from dtrain.world import World, place
@@ -311,9 +405,7 @@ def shares(size: int, accumulation: int) -> dict[str, Any]:
     if at.size > 1:
         world.meet()
         world.join("gloo")
-    config = TrainConfig(arch="x", amp_dtype="float32")
-    machine = runtime.decide(config.machine, local_rank=0, local_world=1)
-    network = wrap(plain(), config, machine, world, moving_buffers=False)
+    network = wrap(plain(), device=CPU, dtype=torch.float32, world_size=at.size)
     reduces = 0
     if at.size > 1:
 
@@ -346,7 +438,7 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(skip: bool) -> None:
     there = Batch(cpu.images.cuda(), cpu.labels.cuda(), cpu.indices, cpu.checksum.cuda())
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     tally, options = Tally(torch.device("cuda"), 24), StepOptions(0.1, 5.0, skip_nonfinite=skip)
-    learner = Learner(network, optimizer, scaler, average_of(module, 0.9))
+    learner = Learner(network, optimizer, scaler, Average(module, 0.9))
     tally += train_step(learner, there, options, WHOLE)
     torch.cuda.set_sync_debug_mode("error")
     try:

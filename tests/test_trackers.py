@@ -21,13 +21,13 @@ import pytest
 from wandb_server import mute, serving
 from warm import REPOSITORY, Warm, run_dtrain
 
-from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
 from dtrain.run import tracking
 from dtrain.run.rows import EvalClock, EvalRow, EventClock, EventRow, TrainClock, TrainRow, as_line, comparable
 from dtrain.run.rundir import Record, RunDir, open_run, read_rows
 from dtrain.run.trackers import figures, find, position
 from dtrain.run.tracking import Tracking, sync
+from dtrain.settings.config import TrainConfig
 
 SMALL = f"{Path(__file__).parent / 'small_network.py'}:small"
 KEY = "0123456789" * 4
@@ -57,7 +57,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path, environment: None) -> Iterator[RunDir]:
     """A run directory without rows."""
     with open_run(tmp_path / "run", fresh=False) as run:
-        run.write_config(TrainConfig(arch="allcnn_c", dataset="digits", lr=0.25).settings())
+        run.write_config(TrainConfig.of(recipe="none", arch="allcnn_c", dataset="digits", lr=0.25).settings())
         run.write_record(Record("running"))
         yield run
 

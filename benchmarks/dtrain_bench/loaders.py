@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from dtrain.commands.data import convert
-from dtrain.data.augment import Augmentation, decide
+from dtrain.data.augment import decide
 from dtrain.data.batch import Request
 from dtrain.data.beton import Beton
 from dtrain.data.loader import open_loader
 from dtrain.data.pixels import lookup_table, write_images
 from dtrain.run.console import Console
+from dtrain.settings.augmentation import Augmentation
 from dtrain.settings.data import Data
 from dtrain_bench.ratios import ratios, show
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.config import TrainConfig
 from dtrain.data.beton import Beton, Progress, open_beton, verify_beton
 from dtrain.data.cache import prepare
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import whole_file
 from dtrain.run.console import Console
+from dtrain.settings.augmentation import Augmentation
+from dtrain.settings.config import TrainConfig
 from dtrain.settings.data import Data
 
 
@@ -66,13 +67,16 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
     """
     import torch  # here, since the other verbs do without it
 
+    from dtrain import assembly
     from dtrain.commands.contact_sheet import Tile, contact_sheet
-    dataset = dataset_of(config, Console(True))
-    plan = plan_of(config, dataset, 1)
+    from dtrain.data.dataset import Feed
+
+    dataset = assembly.dataset_of(config, Console(True))
+    plan = assembly.plan_of(config, **dataset.sizes, world_size=1)
     if not 1 <= step <= plan.total_steps:
         raise UsageError(f"--step {step}: the run has steps 1 to {plan.total_steps}")
     augmentation = config.augmentation
-    feed = Feed(torch.float32, torch.device("cpu"), config.loader, config.mean, config.std)
+    feed = Feed(torch.float32, torch.device("cpu"), config.data.loader, config.data.mean, config.data.std)
     with dataset.train_loader(plan, 0, augmentation, feed) as loader:
         batch = loader.batch(step - 1)
         pictures = loader.pixels(batch)[:most]

@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain import runtime
-from dtrain.config import TrainConfig
-from dtrain.data.dataset import DataSet, Feed, load_dataset
+from dtrain import assembly
+from dtrain.data.dataset import DataSet
 from dtrain.errors import StorageError, UsageError
 from dtrain.model.metrics import Sums, no_sums
-from dtrain.model.network import build_module, wrap
 from dtrain.model.step import eval_step
 from dtrain.run import checkpoint
-from dtrain.run.console import Console, counted
-from dtrain.run.recorder import refuse_other_data
+from dtrain.run.console import counted
 from dtrain.run.rows import EvalRow
 from dtrain.run.rundir import read_record, read_rows
-from dtrain.world import Place, World
+from dtrain.runtime import Runtime
+from dtrain.settings.config import TrainConfig
+from dtrain.world import Place
 
 
 def load_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
@@ -50,34 +49,25 @@ def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, An
     here: settings in place of the run's own, such as its device and folders.
     Returns per kind of weights: hits, hits5, images, loss, and per class hits and images.
     """
-    saved = load_checkpoint(run, which)
-    config = TrainConfig.elsewhere(saved.about["config"], here)
-    record = read_record(run)
-    kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else None
-    machine = runtime.decide(config.machine, local_rank=0, local_world=1, kept=kept)
-    runtime.apply(machine)
-    dataset = dataset_of(config, Console(False))
-    refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
-    results: dict[str, Any] = {}
-    for weights, part in (("raw", "network"), ("ema", "ema")):
-        if part in saved.parts:
-            results[weights] = _counts(config, machine, dataset, saved.parts[part])
+    saved, record = load_checkpoint(run, which), read_record(run)
+    kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else {}
+    config, machine, dataset = assembly.seen_again(saved.about, here, kept)
+    results = {
+        weights: _counts(config, machine, dataset, saved.parts[part])
+        for weights, part in (("raw", "network"), ("ema", "ema"))
+        if part in saved.parts
+    }
     return {"run": str(run), "step": saved.step, "split": dataset.evaluation_split, "weights": results}
 
 
-def _counts(
-    config: TrainConfig, machine: runtime.Runtime, dataset: DataSet, tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    beton, alone = dataset.evaluation, World(Place(), config.dist_timeout)
+def _counts(config: TrainConfig, machine: Runtime, dataset: DataSet, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    beton, plan = dataset.evaluation, assembly.plan_of(config, **dataset.sizes, world_size=1)
     classes = len(beton.class_names)
-    module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=dataset.image_size)
+    module = assembly.module_of(config, dataset.facts)
     module.load_state_dict(dict(tensors))
-    network = wrap(module, config, machine, alone, moving_buffers=False)
+    network = assembly.wrapped_network(config, machine, module)
     module.eval()
-    feed = Feed(
-        network.dtype, network.device, config.loader, config.mean, config.std, config.channels_last, machine.threads
-    )
-    chunks = dataset.chunks(0, 1, feed, chunk_size=config.eval_batch_size)
+    chunks = assembly.chunks_of(config, dataset, plan, Place(), assembly.feed_of(config, machine))
     sums, hits = no_sums(network.device), torch.zeros(classes, dtype=torch.int64, device=network.device)
     with chunks.loader:
         for turn in range(chunks.rounds):

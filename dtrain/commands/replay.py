@@ -19,28 +19,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtrain import runtime
+from dtrain import assembly
 from dtrain.commands.contact_sheet import Tile, contact_sheet
-from dtrain.config import TrainConfig
-from dtrain.data.augment import asked_of
 from dtrain.data.batch import Batch
-from dtrain.data.dataset import DataSet, Feed, load_dataset
+from dtrain.data.dataset import DataSet
 from dtrain.data.loader import Loader
 from dtrain.errors import StorageError, UsageError
-from dtrain.model.learner import Learner, learner_of
-from dtrain.model.network import build_module, wrap
+from dtrain.model.learner import Learner
 from dtrain.model.nonfinite import Before
 from dtrain.model.optimization import set_lr
 from dtrain.model.step import StepOptions, backward, seed_step, update
 from dtrain.plan import Plan
 from dtrain.run import checkpoint
 from dtrain.run.console import Console
-from dtrain.run.recorder import refuse_other_data
 from dtrain.run.rows import EventRow
 from dtrain.run.rundir import read_record, read_rows
 from dtrain.run.state import TrainState, read_state
-from dtrain.training import plan_of
-from dtrain.world import Place, World
+from dtrain.settings.config import TrainConfig
+from dtrain.world import World
 
 Pixels = npt.NDArray[np.uint8]
 SHOWN, PICTURES = 10, 256  # the most samples that are listed, and the most that are drawn
@@ -69,12 +65,13 @@ class Replayer:
         """
         learner, network, now = self.learner, self.learner.network, self.plan.at(self.state.step)
         learner.optimizer.zero_grad(set_to_none=True)
+        learner.frozen.hold(now.epoch)
         set_lr(learner.optimizer, now.lr_factor)
         before, losses = Before(network.module.buffers()), []
         always = torch.ones((), dtype=torch.bool, device=network.device)
         for rank in reversed(range(len(now.shares))):
             before.put_back(always)
-            seed_step(self.config.seed, self.state.step, rank, network.device)
+            seed_step(self.config.run.seed, self.state.step, rank, network.device)
             share = replace(now.shares[rank], mean_over=now.batch_size)  # a sum, no average
             at = share.positions
             part = Batch(batch.images[at], batch.labels[at], batch.indices[at], batch.checksum)
@@ -87,8 +84,9 @@ class Replayer:
         buffers: what `gradient` returned, to be put back if the update is skipped.
         """
         learner = self.learner
-        skipped = update(learner, self.options, buffers)
-        self.state.advance(self.plan.at(self.state.step).batch_size)
+        now = self.plan.at(self.state.step)
+        skipped = update(learner, self.options, buffers, now.epoch)
+        self.state.advance(now.batch_size)
         return bool(skipped)
 
 
@@ -104,27 +102,20 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
     if out.resolve().is_relative_to(run.resolve()):
         raise UsageError(f"--out {out}: lies in the run, into which nothing is written; give another folder")
     saved = _newest_before(run, step)
-    config = TrainConfig.elsewhere(saved.about["config"], here)
     record = read_record(run)
     resolved = dict(record.resolved) if record is not None else {}
     world_size = _processes_at(run, step) or int(resolved.get("world_size", 1))
-    machine = runtime.decide(config.machine, local_rank=0, local_world=1, kept=resolved)
-    runtime.apply(machine)
-    dataset = dataset_of(config, Console(False))
-    refuse_other_data(config.dataset, was=saved.about, asked=dataset.facts)
-    sizes = {"train_size": len(dataset.train_samples), "image_size": dataset.image_size}
-    plan = plan_of(config, **sizes, world_size=world_size)
+    config, machine, dataset = assembly.seen_again(saved.about, here, resolved)
+    plan = assembly.plan_of(config, **dataset.sizes, world_size=world_size)
     if not 0 < step <= plan.total_steps:
         raise UsageError(f"--step {step}: this run has the steps 1 to {plan.total_steps}")
-    classes, size = len(dataset.train.class_names), dataset.image_size
-    module = build_module(config, num_classes=classes, in_channels=dataset.channels, image_size=size)
-    learner = learner_of(wrap(module, config, machine, World(Place(), 1.0), moving_buffers=False), config)
+    module, head = assembly.built_network(config, dataset, plan, World.alone(), Console(False))
+    learner = assembly.learner_for(config, assembly.wrapped_network(config, machine, module, head=head))
     state, counts = read_state(saved.state)
     learner.restore(saved.parts, counts)
-    options = StepOptions(config.smoothing, config.clip_grad, skip_nonfinite=config.on_nonfinite == "skip")
-    whole = plan_of(config, **sizes, world_size=1)
-    network = learner.network
-    with train_loader_of(config, dataset, whole, 0, feed_of(config, machine)) as loader:
+    whole, feed = assembly.plan_of(config, **dataset.sizes, world_size=1), assembly.feed_of(config, machine)
+    with dataset.train_loader(whole, 0, config.augmentation, feed) as loader:
+        options = assembly.options_of(config)
         replayer = Replayer(config, plan, dataset, learner, state, loader, options)
         while replayer.state.step < step - 1:
             _, buffers = replayer.gradient(loader.batch(replayer.state.step))

@@ -9,7 +9,7 @@ from typing import Any
 
 from dtrain.plugins import Kind, Plugin, listed, recipes
 from dtrain.run.console import aligned
-from dtrain.settings import SETTINGS, TrainConfig
+from dtrain.settings.config import SETTINGS, TrainConfig
 from dtrain.settings.values import plain
 
 

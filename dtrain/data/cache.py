@@ -20,12 +20,12 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dtrain.config import Conversion
 from dtrain.data.beton import FORMAT, RAW_LIMIT, Beton, Block, Progress, open_beton, write_beton
 from dtrain.data.pictures import BadPicture, Decode, Pixels, Source, quiet
 from dtrain.data.sources import digest_of, locate, open_source
 from dtrain.errors import ProcessError, StorageError
 from dtrain.files import Lock, canonical_json, remove_partials
+from dtrain.settings.data import Conversion
 
 SPLITS = ("train", "test")
 BLOCK = 16  # pictures that a thread decodes as one task: many against the overhead, few against the use of memory
@@ -52,10 +52,10 @@ def prepare(
 ) -> Generator[Progress, None, dict[str, Beton]]:
     """The betons of a data set by split, converted first where they are not in the cache; yields progress.
 
-    options: of a named data set, as text. Any number of processes may call it at once: whoever takes the lock converts, the others wait for the lock and draw
-    no conclusion from a missing file. found: the folder that another process of this host has returned for the same
-    arguments; its betons are opened at once, and neither the source nor every byte of the betons is read again. If they
-    are not there, as where each host has a cache of its own, `found` is ignored.
+    options: of a named data set, as text. Any number of processes may call it at once: whoever takes the lock converts,
+    the others wait for the lock and draw no conclusion from a missing file. found: the folder that another process of
+    this host has returned for the same arguments; its betons are opened at once, and neither the source nor every byte
+    of the betons is read again. If they are not there, as where each host has a cache of its own, `found` is ignored.
     Raises DataError, UsageError, StorageError (a cache that cannot be written), ProcessError if another process holds
     the lock longer than `timeout_seconds`. Costs, once, a walk or hash of the source; the conversion; a hash of the
     betons after they have changed.

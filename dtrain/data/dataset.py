@@ -65,6 +65,11 @@ class DataSet:
     evaluation_split: str  # "test", or "val" for a part of the training set
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """How many images are trained on, and the side in pixels at which the network sees them: what a plan needs."""
+        return {"train_size": len(self.train_samples), "image_size": self.image_size}
+
+    @property
     def digest(self) -> str:
         """The digests of both betons; processes with equal digests have equal images and labels."""
         return f"{self.train.digest} {self.evaluation.digest}"
@@ -182,9 +187,7 @@ class Chunks:
         return self.loader.batch(turn) if turn < self.mine else None
 
 
-def load_dataset(
-    asked: Data, *, arch: str, seed: int, found: Path | None = None
-) -> Generator[Progress, None, DataSet]:
+def load_dataset(asked: Data, *, arch: str, seed: int, found: Path | None = None) -> Generator[Progress, None, DataSet]:
     """The data set that the settings name, converted first where that is due; yields progress.
 
     arch: with `channels` auto, one channel is taken where every training image is gray and this architecture has the

@@ -23,9 +23,9 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from dtrain.config import Conversion
 from dtrain.data.pictures import Decode, Source, Split, common_size, picture, quiet, size_of
 from dtrain.errors import DataError
+from dtrain.settings.data import Conversion
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tar.xz")
 PARTS = ("train", "val", "test")

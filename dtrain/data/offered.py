@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dtrain.config import LARGEST_SIZE, Conversion
 from dtrain.data.pictures import (
     BadPicture,
     Decode,
@@ -32,6 +31,7 @@ from dtrain.data.pictures import (
 from dtrain.errors import DataError, DtrainError
 from dtrain.files import canonical_json
 from dtrain.plugins import LOCAL, OURS, Plugin, identity
+from dtrain.settings.data import LARGEST_SIZE, Conversion
 
 PARTS = ("train", "test")
 GIVE = "give uint8 [H, W], [H, W, 1] or [H, W, 3], or a Pillow image"

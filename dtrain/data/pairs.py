@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.config import LARGEST_SIZE, Conversion
 from dtrain.data.format import RAW, Content, checked, map_file
 from dtrain.data.pictures import Decode, Pixels, Source, Split, common_size, from_array, picture
 from dtrain.errors import DataError
+from dtrain.settings.data import LARGEST_SIZE, Conversion
 
 TRAIN, HELD_OUT = "train.beton", ("test.beton", "val.beton")
 

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from dtrain.config import OWN_SIZE
 from dtrain.errors import DataError
+from dtrain.settings.data import OWN_SIZE
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]

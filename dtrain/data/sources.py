@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import plugins
-from dtrain.config import Conversion
 from dtrain.data.layouts import layout_of
 from dtrain.data.members import TAR_ENDINGS, is_place, open_members, places_of, stats_of
 from dtrain.data.offered import SEE, Offer
@@ -26,6 +25,7 @@ from dtrain.data.pairs import open_pair, pair_in
 from dtrain.data.pictures import Decode, Pixels, Source, Split, from_array
 from dtrain.errors import DataError, DtrainError, UsageError, nearest
 from dtrain.files import canonical_json, sha256_of
+from dtrain.settings.data import Conversion
 
 
 @dataclass(frozen=True)

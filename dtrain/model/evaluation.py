@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from torch import nn
@@ -27,6 +28,22 @@ class Chunks(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put `module` into evaluation mode; afterwards each of its submodules is in the mode that it was in before.
+
+    `module.train()` alone would not do: it would set a batch norm that is kept frozen training again.
+    """
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(modes[0][1])  # for a network whose own `train` does more than to set a flag
+        for each, training in modes:
+            each.training = training
+
+
 def evaluate(
     network: Network, modules: Mapping[str, nn.Module], chunks: Chunks, world: World, clock: Clock
 ) -> tuple[dict[str, Sums] | None, Ask]:
@@ -36,12 +53,11 @@ def evaluate(
     also what was agreed, for the loop to act on.
     """
     sums = {name: no_sums(network.device) for name in modules}
-    training = {name: module.training for name, module in modules.items()}
     save = False
-    try:
+    with contextlib.ExitStack() as modes:
         for module in modules.values():
             world.broadcast(list(module.buffers()))
-            module.eval()
+            modes.enter_context(evaluation_mode(module))
         for turn in range(chunks.rounds):
             if (batch := chunks.batch(turn)) is not None:
                 for name, module in modules.items():
@@ -51,6 +67,3 @@ def evaluate(
             if ask.stop:
                 return None, Ask(save=save, stop=True)
         return {name: Sums.of(world.total(value)) for name, value in sums.items()}, Ask(save=save)
-    finally:
-        for name, module in modules.items():
-            module.train(training[name])

@@ -1,4 +1,4 @@
-"""All of a run that learns: network, optimizer, loss scaler, EMA; made from a config, saved and restored as one."""
+"""All of a run that learns, saved and restored as one: network, optimizer, loss scaler, EMA, and what is frozen."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
-from dtrain.config import TrainConfig
 from dtrain.errors import UsageError
 from dtrain.files import refuse_unknown_keys
-from dtrain.model.network import Network, average_of
-from dtrain.model.optimization import Packed, build_optimizer, pack, unpack
+from dtrain.model.groups import Frozen
+from dtrain.model.network import Average, Network
+from dtrain.model.optimization import Packed, pack, unpack
+
+NOTHING_FROZEN = Frozen(nn.Module(), {})
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What `restore` brings back to where `parts` and `counts` were taken."""
+    """What `restore` brings back to where `parts` and `counts` were taken. frozen: what is so until an epoch."""
 
     network: Network
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: Average | None
+    frozen: Frozen = NOTHING_FROZEN
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """The tensors, by part and name, as they stand (no copy): what a checkpoint's files hold."""
@@ -36,7 +38,7 @@ class Learner:
         return {
             "optimizer": pack(self.optimizer, self.network.module).scalars,
             "scaler": self.scaler.state_dict(),
-            "ema_updates": int(self.ema.n_averaged) if self.ema is not None else 0,
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
         }
 
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, Any]) -> None:
@@ -58,10 +60,16 @@ class Learner:
         self.scaler.load_state_dict(counts["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(dict(parts["ema"]))
-            self.ema.n_averaged.fill_(counts["ema_updates"])
+            self.ema.updates = counts["ema_updates"]
 
 
-def learner_of(network: Network, config: TrainConfig) -> Learner:
-    """The network with the optimizer, scaler and EMA that `config` asks for. Raises what `build_optimizer` raises."""
+def learner_of(
+    network: Network, optimizer: torch.optim.Optimizer, *, ema: float | None = None, until: Mapping[str, float]
+) -> Learner:
+    """The network and its optimizer with a loss scaler, which float16 needs.
+
+    ema: the decay of the average, None for none. until: what is frozen for how long (`groups.frozen_until`).
+    """
     scaler = torch.amp.GradScaler(network.device.type, enabled=network.dtype == torch.float16)
-    return Learner(network, build_optimizer(config, network.module), scaler, average_of(network.module, config.ema))
+    average = Average(network.module, ema) if ema is not None else None
+    return Learner(network, optimizer, scaler, average, Frozen(network.module, until))

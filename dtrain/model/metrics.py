@@ -20,7 +20,10 @@ from torch import Tensor
 from dtrain.plan import Plan
 from dtrain.world import World
 
-LOSS_UNIT = 2.0**-20  # a loss of 2.3 is 2,411,724 units; 2^63 of them are 8.8e12 images at loss 1
+LOSS_UNIT = 2.0**-20  # a loss of 2.3 is 2,411,724 units
+# A larger loss counts as one that is not finite: the network diverged. The int64 of one interval holds all images of
+# fewer than 2^23 where each has this loss, and of fewer than 2^42 at a mean loss of 2.
+LARGEST_LOSS = 2.0**20
 FIELDS = 7  # images, hits, hits among the first five, loss units, non-finite losses, skipped steps, checksum
 SKIPPED, CHECKSUM = 5, 6
 NEVER = 2**62
@@ -31,17 +34,22 @@ def no_sums(device: torch.device) -> Tensor:
     return torch.zeros(FIELDS, dtype=torch.int64, device=device)
 
 
+def is_countable(losses_N: Tensor) -> Tensor:
+    """Which losses are finite and at most LARGEST_LOSS, bool [N]: sums count the others, and add nothing for them."""
+    return losses_N.abs() <= LARGEST_LOSS  # NaN is not
+
+
 def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) -> Tensor:
     """Sums of one batch, to be added over batches and processes and divided once at the end.
 
     losses_N: (N,) float32; logits_NK: (N, K) any float type; labels: (N,) int64 in [0, K), or shares of the classes,
     (N, K) float32, of which the largest counts as right (at a tie each of them), and without `top5`.
     Returns (7,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
-    the count of losses that are not finite, which add nothing to the sum, and 0 in the places of the count of skipped
-    steps and of the batch's checksum. For K < 5 top-5 is top-K. No host sync.
+    the count of losses that are not finite or larger than LARGEST_LOSS, which add nothing to the sum, and 0 in the
+    places of the count of skipped steps and of the batch's checksum. For K < 5 top-5 is top-K. No host sync.
     """
-    finite_N = losses_N.isfinite()
-    units = (torch.where(finite_N, losses_N, 0.0) / LOSS_UNIT).round().to(torch.int64).sum()
+    countable_N = is_countable(losses_N)
+    units = (torch.where(countable_N, losses_N, 0.0) / LOSS_UNIT).round().to(torch.int64).sum()
     first_N = logits_NK.argmax(1)
     mixed = labels.ndim == 2
     right_N = labels.gather(1, first_N[:, None])[:, 0] == labels.amax(1) if mixed else first_N == labels
@@ -52,7 +60,7 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) 
         hits5 = (best_N5 == labels[:, None]).sum()
     images = torch.full_like(hits, labels.shape[0])
     none = torch.zeros_like(hits)
-    return torch.stack((images, hits, hits5, units, (~finite_N).sum(), none, none))
+    return torch.stack((images, hits, hits5, units, (~countable_N).sum(), none, none))
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Tally:
         self.sums += outcome.sums
         self.streak = torch.where(outcome.skipped, self.streak + 1, 0)
         self.longest = torch.maximum(self.longest, self.streak)
-        faulty_N = ~outcome.losses.isfinite()
+        faulty_N = ~is_countable(outcome.losses)
         is_first = (faulty_N.any() | outcome.skipped) & (self._first == NEVER)
         self._first = torch.where(is_first, self._steps, self._first)
         kept_N = self._faulty_N[: len(faulty_N)]

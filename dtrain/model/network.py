@@ -1,11 +1,12 @@
-"""A plugin's network, made ready: keyed weights, memory layout, compilation, DDP; its tensors for checkpoints.
+"""A plugin's network, made ready: keyed weights, memory layout, compilation, a way to run in parallel; its average.
 
-`module` is what was built: it is saved, evaluated and averaged. `trained` is the same weights, compiled and in DDP.
+`module` is what was built: it is saved, evaluated and averaged. `trained` computes with the same parameters; it may be
+compiled and in DDP.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,129 +15,163 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrain import plugins
-from dtrain.config import TrainConfig
 from dtrain.errors import PluginError, UsageError
 from dtrain.keyed import Stream, torch_seed
-from dtrain.runtime import Runtime
-from dtrain.world import World
+from dtrain.model.parallel import Alone, way_for
 
-# torch 2.14 renames the argument; both mean "send rank 0's buffers before each forward pass"
-_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+ALONE = Alone()
 
 
 @dataclass
 class Network:
-    """What is trained, and how it is computed."""
+    """What is trained, and how it is computed.
+
+    dtype: of the arithmetic under autocast; float32 means no autocast. head: names of the parameters that give the
+    logits (`groups.head_of`). way: how the processes work together.
+    """
 
     module: nn.Module
     trained: nn.Module
     dtype: torch.dtype
     device: torch.device
+    head: tuple[str, ...] = ()
+    way: Alone = ALONE
 
     def autocast(self) -> torch.autocast:
         """The region of one forward pass; never open over an update, which would leave it with stale casts."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def keep_gradients_local(self) -> AbstractContextManager[Any]:
-        """For all micro-batches but the last: their gradients add up here and travel once."""
-        if isinstance(self.trained, DistributedDataParallel):
-            return self.trained.no_sync()
-        return contextlib.nullcontext()
+        """The region of all micro-batches but the last: gradients add up on this process and travel once."""
+        return self.way.keep_gradients_local(self.trained)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, as they stand (no copy)."""
-        return {name: value for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
+        return self.way.gather(self.module)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy `tensors` into the network's own, keeping each one's strides."""
+        """Copy `tensors` into the network's own, keeping each one's strides. Raises RuntimeError where they differ."""
         self.module.load_state_dict(dict(tensors))
 
 
-def chosen_architecture(config: TrainConfig) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
-    """The plugin that `config` names, its function, and its options. Raises PluginError, UsageError for an option."""
-    plugin = plugins.find("architecture", config.arch)
+def chosen_architecture(
+    arch: str, arch_opt: Mapping[str, str]
+) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
+    """The plugin that `arch` names, its function, and the options in `arch_opt`, read from text.
+
+    Raises PluginError where there is no such plugin or it cannot be imported, UsageError for an option.
+    """
+    plugin = plugins.find("architecture", arch)
     function = plugins.load(plugin)
-    return plugin, function, plugins.parse_options(function, config.arch_opt, what=f"architecture {config.arch}")
+    return plugin, function, plugins.parse_options(function, arch_opt, what=f"architecture {arch}")
 
 
-def build_module(config: TrainConfig, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def build_module(
+    arch: str, arch_opt: Mapping[str, str], *, seed: int, num_classes: int, in_channels: int, image_size: int
+) -> nn.Module:
     """The architecture's module with the weights that (seed, INIT) gives on every process. On the CPU, contiguous.
 
     Raises PluginError for anything the plugin raises, UsageError for options it does not take.
     """
-    plugin, function, options = chosen_architecture(config)
+    plugin, function, options = chosen_architecture(arch, arch_opt)
     offered = {"in_channels": in_channels, "image_size": image_size}
     passed = {name: value for name, value in offered.items() if plugins.accepts(function, name)}
-    torch.manual_seed(torch_seed(config.seed, Stream.INIT))
+    torch.manual_seed(torch_seed(seed, Stream.INIT))
     try:
         module = function(num_classes, **passed, **options)
     except Exception as error:
         raise PluginError(
-            f"architecture {config.arch} of {plugin.distribution} could not be built for {num_classes} classes and "
+            f"architecture {arch} of {plugin.distribution} could not be built for {num_classes} classes and "
             f"{in_channels} x {image_size} x {image_size} images: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(module, nn.Module):
         raise PluginError(
-            f"architecture {config.arch} of {plugin.distribution} returned {type(module).__name__}, "
+            f"architecture {arch} of {plugin.distribution} returned {type(module).__name__}, "
             f"not a torch.nn.Module; see {inspect.getsourcefile(function) or plugin.value}"
         )
     return module
 
 
-def wrap(module: nn.Module, config: TrainConfig, runtime: Runtime, world: World, *, moving_buffers: bool) -> Network:
-    """Lay the module out, compile it if asked, and put DDP around it where there are other processes.
+def mode_told(module: nn.Module, arch: str) -> str | None:
+    """A line of warning where an architecture returns its whole network in evaluation mode, else None.
 
-    moving_buffers: the training output depends on buffers, so DDP must send rank 0's at every step.
+    Modes are the builder's, module by module, and training keeps them: a frozen batch norm stays frozen.
     """
-    device = runtime.torch_device()
-    if config.sync_bn:
+    if module.training:
+        return None
+    return (
+        f"architecture {arch} returns its network in evaluation mode: batch norm and dropout stay frozen as they are; "
+        "call .train() in the builder unless that is meant"
+    )
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    """The memory layout of images and filters: channels-last (NHWC in memory) or contiguous (NCHW)."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    channels_last: bool = True,
+    sync_bn: bool = False,
+    compiled: bool = False,
+    world_size: int = 1,
+    moving_buffers: bool = False,
+    head: tuple[str, ...] = (),
+) -> Network:
+    """Move the module to its device and layout, make it ready for `world_size` processes, and compile it if asked.
+
+    sync_bn: batch norm's statistics are of all processes. moving_buffers: the output in training depends on buffers,
+    so that rank 0's are sent at every step. Raises UsageError for sync_bn without CUDA. Collective for more than one.
+    """
+    if sync_bn:
         if device.type != "cuda":
             raise UsageError("--sync-bn needs CUDA: torch has no such layer for the CPU; leave it out")
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # torch's
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    module = module.to(device).to(memory_format=layout)  # before DDP, which records strides for its buckets
-    trained: nn.Module = module
-    if config.compile:
-        trained = torch.compile(module, dynamic=False)  # type: ignore[assignment]  # torch types it as a callable
-    if world.size > 1:
-        trained = DistributedDataParallel(
-            trained,
-            device_ids=[device] if device.type == "cuda" else None,
-            **{_BUFFERS: moving_buffers},  # type: ignore[arg-type]  # one keyword, named by torch's version
-            gradient_as_bucket_view=True,  # saves a copy of all gradients; 1.1x by wall clock on two gloo ranks
-        )
-    return Network(module, trained, runtime.dtype(), device)
+    module = module.to(device).to(memory_format=layout(channels_last))  # before DDP, which records strides
+    way = way_for(world_size, device, moving_buffers=moving_buffers)
+    # inside DDP: there torch cuts the graph at DDP's buckets, as it does in the other order, which leaves a network
+    # that is an nn.Sequential uncompiled (torch 2.14)
+    inner: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
+    return Network(module, way.wrap(inner), dtype, device, head, way)
 
 
-class _Average(AveragedModel):
-    """torch's averaged model, updated without waiting for a GPU: torch sends it its count anew at every step."""
+class Average:
+    """The exponential moving average (EMA) of a module's parameters and buffers.
 
-    def update_parameters(self, model: nn.Module) -> None:
-        """The first time a copy; then the average of what is floating, and a copy of what counts. No host sync."""
-        pairs = list(zip(_values(self.module), _values(model), strict=True))
-        moving = [pair for pair in pairs if self.n_averaged and pair[0].is_floating_point()]
-        for average, current in pairs:
-            if not self.n_averaged or not average.is_floating_point():  # the count stays on the host
-                average.copy_(current)
-        if moving:
-            averages, currents = map(list, zip(*moving, strict=True))
-            self.multi_avg_fn(averages, currents, self.n_averaged)  # type: ignore[misc]  # given below
-        self.n_averaged += 1
+    module: the averages, in a copy of the module that is in evaluation mode. updates: how many there were; the first
+    copies, each later one moves what is floating by `1 - decay` of the way to its value now, and copies what counts.
+    torch.optim.swa_utils computes the same, but reads its count from a tensor several times an update.
+    """
 
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval()
+        self.updates = 0
+        self._decay = decay
+        self._parameters = list(zip(self.module.parameters(), module.parameters(), strict=True))
+        # by owner and name: a network may put another tensor in the place of a buffer, not in that of a parameter
+        found: dict[int, tuple[dict[str, Any], dict[str, Any], str]] = {}
+        for mine, its in zip(self.module.modules(), module.modules(), strict=True):
+            for name, buffer in its._buffers.items():
+                found.setdefault(id(buffer), (mine._buffers, its._buffers, name))  # a buffer of two modules counts once
+        self._buffers = list(found.values())
 
-def _values(module: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
-
-
-def average_of(module: nn.Module, decay: float | None) -> AveragedModel | None:
-    """The EMA of a module's parameters and buffers (torch.optim.swa_utils), or None."""
-    if decay is None:
-        return None
-    function = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch's
-    average = _Average(module, multi_avg_fn=function, use_buffers=True)
-    return average.eval()
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in what the module's values are now. No host sync; one launch or two for all tensors together."""
+        pairs: list[tuple[Any, Any]] = list(self._parameters)
+        pairs += [(mine[name], its[name]) for mine, its, name in self._buffers if its[name] is not None]
+        moved = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not self.updates or not pair[0].is_floating_point()]
+        if moved:
+            averages, currents = zip(*moved, strict=True)
+            torch._foreach_lerp_(averages, currents, 1 - self._decay)
+        if copied:
+            averages, currents = zip(*copied, strict=True)
+            torch._foreach_copy_(averages, currents)
+        self.updates += 1

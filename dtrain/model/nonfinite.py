@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import UsageError
+from dtrain.model.metrics import LARGEST_LOSS, is_countable
 
 GIVE_UP_STEPS = 20  # skipped in a row, after which a run ends: what comes by chance does not come so often
 NAMED = 5  # samples in a line
 
 
 def poisoned(loss: Tensor, losses_N: Tensor) -> Tensor:
-    """`loss`, NaN if one of `losses_N` is not finite: by itself an infinite loss may have a finite gradient."""
-    faulty = ~losses_N.detach().isfinite().all()
+    """`loss`, or NaN if one of `losses_N` is not finite or too large to be counted.
+
+    So that the gradient is not finite either: by itself an infinite loss may have a finite gradient.
+    """
+    faulty = ~is_countable(losses_N.detach()).all()
     return loss * torch.ones_like(loss.detach()).masked_fill(faulty, math.nan)
 
 
@@ -65,9 +69,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> lis
 
 
 def told(step: int, samples: Sequence[int]) -> str:
-    """What went wrong first: the samples whose loss was not finite, by place in the training set; none: a gradient."""
+    """What went wrong first, for people. samples: those whose loss cannot be counted; none means: the gradient."""
     named = ", ".join(map(str, sorted(samples)[:NAMED]))
     more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
     if not samples:
         return f"the gradient of step {step} is not finite"
-    return f"the loss of step {step} is not finite for training sample{'s' * (len(samples) > 1)} {named}{more}"
+    whose = f"training sample{'s' * (len(samples) > 1)} {named}{more}"
+    return f"the loss of step {step} is not finite, or above {LARGEST_LOSS:.0f}, for {whose}"

@@ -1,8 +1,9 @@
-"""Parameter groups, the plugin's optimizer, loss scaling and clipping; the optimizer's state as named tensors."""
+"""The plugin's optimizer over parameter groups: chosen, built, clipped, and its state as named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,61 +11,140 @@ import torch
 from torch import Tensor, nn
 
 from dtrain import plugins
-from dtrain.config import TrainConfig
 from dtrain.errors import PluginError, StorageError, UsageError
-from dtrain.ranges import flag_of
+from dtrain.model.groups import Group
+from dtrain.settings.optimization import Optimization
+from dtrain.settings.values import flag_of
 
-# what a group says about how this machine computes, never about what: a resume keeps its own
-MACHINE_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
+# what a group says about the network, or about how this machine computes, and never about the run's numbers: a resume
+# keeps its own
+OWN_KEYS = (
+    *("params", "param_names", "roles", "name", "decays", "lr_scale", "frozen_until"),
+    *("fused", "foreach", "capturable", "differentiable"),
+)
+TINY = 2.0**-100  # a gradient times this is a finite float32, and so is the norm of 2^50 of them
 
 
-def chosen_optimizer(config: TrainConfig) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
-    """The plugin that `config` names, its function, and the options to call it with.
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer that was asked for: the function of its plugin, and the options to call it with.
 
-    Raises PluginError, and UsageError for an option, or a flag given by hand, that it has no use for.
+    distribution: the package that it comes from, for errors. lr: the peak learning rate.
     """
-    plugin = plugins.find("optimizer", config.opt)
+
+    name: str
+    distribution: str
+    function: Callable[..., Any]
+    options: dict[str, Any]
+    lr: float
+
+    @property
+    def weight_decay(self) -> float | None:
+        """The decay of what decays: the option's or the function's default; None where it takes no such option."""
+        decay: float | None = self.options.get("weight_decay", plugins.default_of(self.function, "weight_decay"))
+        return decay
+
+
+def chosen_optimizer(asked: Optimization, by_hand: Collection[str] = ()) -> Choice:
+    """The optimizer that the settings name, with its options read from text and its peak rate.
+
+    momentum, nesterov and weight_decay are passed on where its function takes them. by_hand: the settings that the user
+    gave as flags; what a recipe says is left out where it is of no use. The rate is `lr`, or else the default of the
+    function. Raises PluginError; UsageError for an option, or a flag, that it has no use for, and where nobody says
+    which rate to use.
+    """
+    plugin = plugins.find("optimizer", asked.opt)
     function = plugins.load(plugin)
-    options = plugins.parse_options(function, config.opt_opt, what=f"optimizer {config.opt}")
-    for name in ("momentum", "nesterov", "weight_decay"):
-        value = getattr(config, name)
+    options = plugins.parse_options(function, asked.opt_opt, what=f"optimizer {asked.opt}")
+    given = {"momentum": asked.momentum, "nesterov": asked.nesterov, "weight_decay": asked.weight_decay}
+    for name, value in given.items():
         if value is None:
             continue
         if plugins.accepts(function, name):
             options.setdefault(name, value)
-        elif config.origin(name) in ("flag", "default"):  # by hand; of a recipe, or a run that had one, it is left out
-            raise UsageError(f"{flag_of(name)}: optimizer {config.opt} has no use for it; leave it out")
-    return plugin, function, options
+        elif name in by_hand:
+            raise UsageError(f"{flag_of(name)}: optimizer {asked.opt} has no use for it; leave it out")
+    lr = asked.lr if asked.lr is not None else plugins.default_of(function, "lr")
+    if lr is None:
+        raise UsageError(f"optimizer {asked.opt} has no learning rate of its own; give one with --lr")
+    return Choice(asked.opt, plugin.distribution, function, options, lr)
 
 
-def build_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The plugin's optimizer over two groups: what has two dimensions or more decays, biases and norms do not.
+def build_optimizer(choice: Choice, groups: Sequence[Group], module: nn.Module) -> torch.optim.Optimizer:
+    """The plugin's optimizer over `groups` of the parameters of `module`.
 
-    Afterwards each group's `initial_lr` is the rate that the schedule's factor multiplies.
-    Raises what `chosen_optimizer` raises.
+    Each group is a dict as plugins/README.md describes it. Afterwards each group of the optimizer has an `initial_lr`,
+    the rate that the schedule's factor multiplies. Raises PluginError for what the plugin raises.
     """
-    plugin, function, options = chosen_optimizer(config)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decay = options.get("weight_decay", plugins.default_of(function, "weight_decay"))
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2]},
-        {"params": [p for p in parameters if p.ndim < 2]},
-    ]
-    if decay is not None:
-        groups[0]["weight_decay"], groups[1]["weight_decay"] = decay, 0.0
+    parameters, decay = dict(module.named_parameters()), choice.weight_decay
+    given: list[dict[str, Any]] = []
+    for group in groups:
+        given.append(
+            {
+                "params": [parameters[name] for name in group.params],
+                "param_names": list(group.params),
+                "roles": list(group.roles),
+                "name": group.name,
+                "decays": group.decays,
+                "lr": group.lr,
+                "lr_scale": group.lr_scale,
+                "frozen_until": group.frozen_until,
+            }
+        )
+        if decay is not None:
+            given[-1]["weight_decay"] = decay if group.decays else 0.0
     try:
-        optimizer = function([g for g in groups if g["params"]], lr=config.lr, **options)
+        optimizer = choice.function(given, lr=choice.lr, **choice.options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PluginError(f"optimizer {config.opt} of {plugin.distribution} could not be built: {error}") from error
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer  # type: ignore[no-any-return]  # a plugin's callable is untyped by nature
+        raise PluginError(f"optimizer {choice.name} of {choice.distribution} could not be built: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise PluginError(
+            f"optimizer {choice.name} of {choice.distribution} returns a {type(optimizer).__name__}, "
+            "not a torch.optim.Optimizer"
+        )
+    for made in optimizer.param_groups:
+        made["initial_lr"] = made["lr"]
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group its own rate times the schedule's factor. Python floats; no sync."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+@torch.no_grad()
+def clip(module: nn.Module, largest: float) -> None:
+    """Scale the gradients of `module` down, all alike, where their norm is larger than `largest`.
+
+    As torch's clip_grad_norm_, also where the norm of finite gradients is no finite float32, of which torch's makes
+    zeros. Gradients that are not finite themselves stay so. No host sync; three passes over the gradients.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not gradients:
+        return
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm64 = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).norm()
+    usual = norm.isfinite()
+    # in two factors, since their product may be too small for float32
+    first = torch.where(usual, 1.0, TINY)
+    then = torch.where(usual, (largest / (norm + 1e-6)).clamp(max=1.0), (largest / (norm64 * TINY)).float())
+    torch._foreach_mul_(gradients, first)
+    torch._foreach_mul_(gradients, then)
+
+
+def zero_new_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's SGD zeros for the momentum that its next step would begin.
+
+    Under float16 its fused kernel does nothing where a gradient overflowed, and leaves momentum that it has only just
+    allocated as it was in memory. Momentum from zeros is the first gradient, as torch begins. No host sync.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @dataclass(frozen=True)
@@ -84,35 +164,46 @@ def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
         for key, value in state.items():
             target = tensors if isinstance(value, Tensor) else scalars
             target[f"{names[id(parameter)]}/{key}"] = value
-    groups = [{k: v for k, v in group.items() if k not in MACHINE_KEYS} for group in optimizer.param_groups]
+    groups = [{k: v for k, v in group.items() if k not in OWN_KEYS} for group in optimizer.param_groups]
     return Packed(tensors, {"state": scalars, "groups": groups})
 
 
 def unpack(optimizer: torch.optim.Optimizer, module: nn.Module, packed: Packed) -> None:
-    """Restore `pack`'s result into this optimizer, each tensor in its own parameter's strides.
+    """Restore `pack`'s result into this optimizer: each tensor in its own type and in its parameter's strides.
 
     Files keep no strides, and fused SGD and Adam silently give wrong weights where a momentum buffer is laid out
-    otherwise than its parameter. Raises StorageError where the groups are not those of this optimizer.
+    otherwise than its parameter; torch's `load_state_dict` casts what is not of the parameter's type.
+    Raises StorageError where the groups are not those of this optimizer.
     """
     groups = packed.scalars["groups"]
     if len(groups) != len(optimizer.param_groups):
         raise StorageError(
             f"the checkpoint's optimizer has {len(groups)} groups, this one {len(optimizer.param_groups)}"
         )
-    current = optimizer.state_dict()
-    names = {name: p for name, p in module.named_parameters()}
-    positions = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    state: dict[int, dict[str, Any]] = {}
+    merged = [
+        {**_lists_as_tuples(saved), **{key: mine[key] for key in OWN_KEYS if key in mine}}
+        for mine, saved in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    names = dict(module.named_parameters())
+    fused = {id(p): bool(g.get("fused") or g.get("capturable")) for g in merged for p in g["params"]}
+    state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
     for full_name, value in {**packed.tensors, **packed.scalars["state"]}.items():
         name, _, key = full_name.rpartition("/")
         if name not in names:
             raise StorageError(f"the checkpoint's optimizer has state for {name!r}, which this network lacks")
         parameter = names[name]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # the parameter's own strides
-        state.setdefault(positions[id(parameter)], {})[key] = value
-    merged = [{**mine, **_lists_as_tuples(saved)} for mine, saved in zip(current["param_groups"], groups, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": merged})
+        if isinstance(value, Tensor):
+            value = _placed(value, parameter, key, fused[id(parameter)])
+        state[parameter][key] = value
+    optimizer.__setstate__({"state": state, "param_groups": merged})
+
+
+def _placed(value: Tensor, parameter: Tensor, key: str, fused: bool) -> Tensor:
+    """A copy of `value` beside its parameter, laid out as that is where it has its shape."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    # torch's optimizers count steps on the host unless their kernel reads the count
+    return value.to(parameter.device if fused or key != "step" else "cpu", copy=True)
 
 
 def _lists_as_tuples(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dtrain.errors import PluginError
 from dtrain.keyed import Stream, key, torch_seed
+from dtrain.model.groups import head_of
 from dtrain.model.network import Network
 from dtrain.model.step import loss_of
 from dtrain.runtime import is_out_of_memory
@@ -24,20 +25,25 @@ from dtrain.world import World
 LARGEST = 1024  # pixels: the largest square that is tried for a network that a smaller one does not fit
 
 
-def noise(seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype, *, channels_last: bool = True) -> Tensor:
-    """Keyed images for a rehearsal: [N, C, H, W] in [-1, 1), the same on every process."""
+def noise(
+    seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype, memory_format: torch.memory_format
+) -> Tensor:
+    """Keyed images for a rehearsal: (N, C, H, W) in [-1, 1) in the layout asked for, the same on every process."""
     count = int(np.prod(shape))
     values = key(seed, Stream.REHEARSAL, np.arange(count, dtype=np.uint64)) >> np.uint64(40)
     images = torch.from_numpy((values.astype(np.float32) / 2.0**23 - 1.0).reshape(shape))
-    return images.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return images.to(dtype).contiguous(memory_format=memory_format)
 
 
 def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bool:
-    """Whether the training output depends on float buffers: then every process must train with rank 0's.
+    """Whether the output in training depends on float buffers: then every process must train with rank 0's.
 
-    Batch norm's statistics do not; a layer that normalises by a running mean does. The module is left as it was.
+    In batch norm it does not depend on the statistics; in a layer that normalises by a running mean it does. Modules
+    in evaluation mode do not count: nothing moves their buffers, so that they stay equal on all processes. The module
+    is left as it was.
     """
-    floats = [b for b in module.buffers() if b.is_floating_point()]
+    moving = {id(b) for each in module.modules() if each.training for b in each.buffers(recurse=False)}
+    floats = {id(b) for b in module.buffers() if b.is_floating_point()} & moving
     if not floats:
         return False
     saved = [b.clone() for b in module.buffers()]
@@ -45,7 +51,7 @@ def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bo
     with torch.no_grad():
         for push in (0.0, 0.5):
             for buffer, value in zip(module.buffers(), saved, strict=True):
-                buffer.copy_(value + push if value.is_floating_point() else value)
+                buffer.copy_(value + push if id(buffer) in floats else value)
             torch.manual_seed(torch_seed(seed, Stream.REHEARSAL))
             output = module(images_NCHW)
             outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -54,16 +60,17 @@ def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bo
     return not torch.equal(outputs[0], outputs[1])
 
 
-def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes: int) -> None:
-    """Raise PluginError unless one training-mode pass gives [N, num_classes] logits.
+def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes: int) -> tuple[str, ...]:
+    """Raise PluginError unless a first pass gives [N, num_classes] logits. Returns the head: what they come from.
 
-    Buffers that a checkpoint keeps are left as they were; others may be caches that the network knows to be filled.
+    The pass is made in the modes that the module is in, with a graph, from which the names of the head's parameters
+    are read (`groups.head_of`). Buffers that a checkpoint keeps are left as they were; others may be caches that the
+    network knows to be filled.
     """
     saved = {name: value.clone() for name, value in _saved_buffers(module).items()}
     size = f"{images_NCHW.shape[1]} x {images_NCHW.shape[2]} x {images_NCHW.shape[3]}"
     try:
-        with torch.no_grad():
-            output = module(images_NCHW)
+        output = module(images_NCHW)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -76,6 +83,7 @@ def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes:
     with torch.no_grad():
         for name, buffer in _saved_buffers(module).items():
             buffer.copy_(saved[name])
+    return head_of(module, output)
 
 
 def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:

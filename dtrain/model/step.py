@@ -20,6 +20,7 @@ from dtrain.model.learner import Learner
 from dtrain.model.metrics import CHECKSUM, SKIPPED, Outcome, sums_of
 from dtrain.model.network import Network
 from dtrain.model.nonfinite import Before, gradients_not_finite, poisoned, state_tensors
+from dtrain.model.optimization import clip, zero_new_momentum
 from dtrain.plan import Share
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss: Szegedy et al. 2015, "Going deeper with convolutions", section 5
@@ -66,17 +67,19 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
     return losses_N, outputs[0]
 
 
-def train_step(learner: Learner, batch: Batch, options: StepOptions, share: Share) -> Outcome:
+def train_step(learner: Learner, batch: Batch, options: StepOptions, share: Share, epoch: int = 0) -> Outcome:
     """One update from this process's share of a batch, in micro-batches; then the EMA.
 
+    epoch: the step's, 0-based; what is frozen until a later one is left alone.
     Collective: gradients are averaged over processes in the last micro-batch's backward pass, and unscaled before they
     are clipped. No host sync, but for torch's loss scaler: under float16 it reads whether gradients overflowed, unless
     the optimizer is fused.
     """
     learner.optimizer.zero_grad(set_to_none=True)
+    learner.frozen.hold(epoch)
     buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())  # the forward pass moves them
     sums, losses_N = backward(learner.network, learner.scaler, batch, options, share)
-    skipped = update(learner, options, buffers)
+    skipped = update(learner, options, buffers, epoch)
     if share.first == 0:  # the update of all processes is one: it is counted by the first of them
         sums[SKIPPED] = skipped
     return Outcome(sums, losses_N, skipped)
@@ -112,13 +115,16 @@ def backward(
     return total, torch.cat(losses)
 
 
-def update(learner: Learner, options: StepOptions, buffers: Before) -> Tensor:
+def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int = 0) -> Tensor:
     """Apply the gradient, then the EMA. Returns whether it was left out, bool [] on the device.
+
+    epoch: the step's, 0-based; the gradients of what is frozen until a later one are dropped first.
 
     With `skip_nonfinite`, where a gradient is not finite, nothing changes but a scaler's scale, and `buffers` are put
     back. Raises UsageError where that cannot be done without waiting for the device.
     """
     network = learner.network
+    learner.frozen.drop_gradients(epoch)
     if not options.skip_nonfinite:
         _apply(learner, options.clip_grad)
         return torch.zeros((), dtype=torch.bool, device=network.device)
@@ -135,14 +141,15 @@ def update(learner: Learner, options: StepOptions, buffers: Before) -> Tensor:
 def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> None:
     """Apply the gradient and put all back where `skipped`, a bool [] on the device, which is not read.
 
-    But for a run's first update: what the optimizer has only just made cannot be put back, it has to go again. The
-    EMA's own count goes on, of which only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
+    The exception is what the optimizer has only just made, in a run's first update or in the first one of parameters
+    that were frozen until now: it cannot be put back, so it has to go again, and there the device is waited for. The
+    EMA's own count goes on; only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
     """
     network, optimizer, ema = learner.network, learner.optimizer, learner.ema
     averages = [*ema.module.parameters(), *ema.module.buffers()] if ema is not None else []
     weights, states = list(network.module.parameters()), state_tensors(optimizer, network.device)
     before, known = Before([*weights, *states, *averages]), set(optimizer.state)
-    first_average = ema is not None and not ema.n_averaged
+    first_average = ema is not None and not ema.updates
     _apply(learner, clip_grad)
     before.put_back(skipped)
     state_tensors(optimizer, network.device)  # refuses what the first update put on the host
@@ -150,18 +157,20 @@ def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> 
         for parameter in set(optimizer.state) - known:
             del optimizer.state[parameter]
         if ema is not None and first_average:
-            ema.n_averaged.zero_()
+            ema.updates = 0
 
 
 def _apply(learner: Learner, clip_grad: float | None) -> None:
     module = learner.network.module
     if clip_grad is not None:
         learner.scaler.unscale_(learner.optimizer)
-        torch.nn.utils.clip_grad_norm_(module.parameters(), clip_grad)
+        clip(module, clip_grad)
+    if learner.scaler.is_enabled():
+        zero_new_momentum(learner.optimizer)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     if learner.ema is not None:
-        learner.ema.update_parameters(module)
+        learner.ema.update()
 
 
 @torch.no_grad()

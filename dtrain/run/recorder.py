@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dtrain import plugins
-from dtrain.config import TrainConfig, read_config
 from dtrain.errors import DataError, StorageError, UsageError, exit_code_of
-from dtrain.run import checkpoint
 from dtrain.run.console import Console, three_ways
 from dtrain.run.rows import EventClock, EventRow, Row
 from dtrain.run.rundir import (
-    CONFIG,
     Record,
     RunDir,
     check_writable,
@@ -95,42 +92,13 @@ class Recorder:
             self.folder.close()
 
 
-def path_of(config: TrainConfig) -> Path:
-    """The run directory that `config` names. With `--resume none` the run may get `<it>-2` or a later one instead."""
-    if config.resume not in ("auto", "none"):
-        given = Path(config.resume)
-        return given.parent.parent if given.parent.name == checkpoint.FOLDER else given
-    return config.output or Path("runs") / config.run_name()
+def resolved_before(path: Path, *, fresh: bool, world_size: int) -> dict[str, Any]:
+    """The values that settings given as `auto` took when the run at `path` began, for a resume to keep.
 
-
-def _check_resume(config: TrainConfig) -> None:
-    """Raise UsageError where `--resume PATH` names another directory than `--output`, or a checkpoint set aside."""
-    if config.resume in ("auto", "none"):
-        return
-    path, asked = path_of(config), Path(config.resume)
-    own = Path(config.origin("output")).resolve() == (path / CONFIG).resolve()  # where the run stood when it began
-    if config.output is not None and not own and config.output.resolve() != path.resolve():
-        raise UsageError(
-            f"--resume {asked} --output {config.output}: a run goes on in its own directory; leave --output out, or "
-            "begin a new run there without --resume"
-        )
-    if asked.parent.name == checkpoint.FOLDER and (name := asked.name.partition(".")[0]) != asked.name:
-        taken = f"move {name} away, then " if (asked.parent / name).exists() else ""
-        raise UsageError(
-            f"--resume {asked}: this checkpoint has been set aside; to go on from it, {taken}rename it to {name} and "
-            "resume from that"
-        )
-
-
-def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The values that settings given as `auto` took when this run began, for a resume to keep; empty for a new run.
-
-    The number of threads is kept only if the number of processes is the same, since another divides the cores anew.
-    Raises StorageError if the directory cannot be written, before any work is done for it, and UsageError if
-    `--resume PATH` cannot be honoured.
+    Empty for a new run, as under `--resume none` (fresh). The number of threads is kept only if the number of processes
+    is the same, since another divides the cores anew. Raises StorageError if the directory cannot be written, before
+    any work is done for it.
     """
-    _check_resume(config)
-    path, fresh = path_of(config), config.resume == "none"
     check_writable(path.parent if fresh and path.exists() else path)  # a directory that is taken is left alone
     record = None if fresh else read_record(path)
     if record is None:
@@ -141,29 +109,37 @@ def resolved_before(config: TrainConfig, world_size: int) -> dict[str, Any]:
     return kept
 
 
-def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], resolved: Mapping[str, Any]) -> Recorder:
-    """On the main process, own the run directory and write its config.toml and run.json; elsewhere touch nothing.
+def recorder_elsewhere(path: Path) -> Recorder:
+    """The recorder of a process that is not the main one: it touches nothing."""
+    return Recorder(path, None, Record("running"))
 
-    resolved: the values that settings given as `auto` took.
-    Raises UsageError for a directory that is in use, holds a run with other settings, or is to be resumed and does
-    not exist; StorageError if it cannot be read or written.
+
+def open_recorder(
+    path: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: str,
+    refuse: Callable[[Path], None],
+    command: Sequence[str],
+    resolved: Mapping[str, Any],
+    chosen: Sequence[tuple[plugins.Kind, str]],
+    track: Sequence[str],
+) -> Recorder:
+    """Own the run directory `path` and write its config.toml and run.json; for the main process alone.
+
+    settings: for config.toml. refuse: raises if the run in the directory that it is given has other settings. resolved:
+    the values that settings given as `auto` took. chosen: kind and name of each plugin that shapes the run.
+    Raises UsageError for a directory that is in use or is to be resumed and does not exist; StorageError if it cannot
+    be read or written.
     """
-    path = path_of(config)
-    if not main:
-        return Recorder(path, None, Record("running"))
-    if config.resume not in ("auto", "none") and read_record(path) is None:
-        raise UsageError(f"--resume {config.resume}: no run is there; give a run directory, auto or none")
-    folder = open_run(path, fresh=config.resume == "none")
+    if resume not in ("auto", "none") and read_record(path) is None:
+        raise UsageError(f"--resume {resume}: no run is there; give a run directory, auto or none")
+    folder = open_run(path, fresh=resume == "none")
     try:
         before = read_record(folder.path)
         if before is not None:
-            _refuse_other_settings(folder.path, config)
-        folder.write_config(config.settings())
-        chosen: tuple[tuple[plugins.Kind, str], ...] = (
-            ("architecture", config.arch),
-            ("optimizer", config.opt),
-            ("schedule", config.schedule),
-        )
+            refuse(folder.path)
+        folder.write_config(settings)
         found = [plugins.find(kind, name) for kind, name in chosen]
         record = Record(
             status="running",
@@ -176,27 +152,10 @@ def open_recorder(config: TrainConfig, *, main: bool, command: Sequence[str], re
             plugins={plugin.kind: plugins.identity(plugin) for plugin in found},
         )
         folder.write_record(record)
-        return Recorder(folder.path, folder, record, config.track)
+        return Recorder(folder.path, folder, record, track)
     except BaseException:
         folder.close()
         raise
-
-
-def _refuse_other_settings(path: Path, config: TrainConfig) -> None:
-    try:
-        before = TrainConfig.stored(read_config(path / CONFIG))
-    except UsageError as error:
-        raise UsageError(f"{path / CONFIG}: {error}; use the version of dtrain that wrote it") from None
-    was, asked, results = before.settings(), config.settings(), before.results().keys() | config.results().keys()
-    differing = [name for name in {**was, **asked} if was.get(name) != asked.get(name) and name not in WHERE]
-    if refused := [name for name in differing if name in results]:
-        told = "; ".join(f"{name}: was {was.get(name)}, asked {asked.get(name)}" for name in refused[:3])
-        told += f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-        table = three_ways(
-            (name, was.get(name), asked.get(name), "refused" if name in refused else asked.get(name))
-            for name in differing
-        )
-        raise UsageError(f"{path} holds a run with other settings ({told}); give another --output", table=table)
 
 
 def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

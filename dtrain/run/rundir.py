@@ -25,10 +25,10 @@ from typing import Any, Literal, Self, get_args
 
 import tomli_w
 
-from dtrain.config import CHECKPOINTS
 from dtrain.errors import StorageError, UsageError
 from dtrain.files import Lock, refuse_unknown_keys, whole_file, write_json
 from dtrain.run.rows import EvalRow, EventRow, Row, TrainRow, as_line, parsed
+from dtrain.settings.layers import CHECKPOINTS
 
 Status = Literal["running", "finished", "stopped", "failed"]
 

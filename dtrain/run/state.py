@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dtrain.config import TrainConfig
 from dtrain.files import refuse_unknown_keys
-from dtrain.plan import Plan
-from dtrain.ranges import parse_seconds
 from dtrain.run.checkpoint import STATE
 from dtrain.world import Ask
 
@@ -110,9 +107,8 @@ class Stopwatch:
 class RunClock:
     """What rank 0 asks for because of the time: a save (`--checkpoint-every 10min`), a stop (`--max-time`)."""
 
-    def __init__(self, config: TrainConfig, plan: Plan) -> None:
-        self._save_seconds = plan.save_every.seconds
-        self._limit = parse_seconds(config.max_time, "--max-time") if config.max_time else None
+    def __init__(self, save_seconds: float | None, limit_seconds: float | None) -> None:
+        self._save_seconds, self._limit = save_seconds, limit_seconds
         self._started = self._saved = time.monotonic()
         self.reason = ""
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from dtrain.config import read_config
 from dtrain.errors import ExitCode, UsageError
 from dtrain.files import Lock
 from dtrain.plugins import load
@@ -32,6 +31,7 @@ from dtrain.run.console import shown
 from dtrain.run.rows import EventRow, Row, parsed
 from dtrain.run.rundir import CONFIG, LOCK, METRICS, read_record
 from dtrain.run.trackers import NOTHING, About, State, Tracker, find, position
+from dtrain.settings.layers import read_config
 from dtrain.world import STOP_SIGNALS
 
 FOLDER = "trackers"  # of a run directory; in it a folder for each tracker

@@ -86,28 +86,3 @@ class TrainConfig:
         """
         values = {name: plain(value) for name in SETTINGS if (value := self.value(name)) is not None}
         return {name: value for name, value in {**values, "recipe": "none"}.items() if value != {}}
-
-    # -- for the rooms that still read settings flat; goes with dtrain/config.py --
-
-    def __getattr__(self, name: str) -> Any:
-        if name in SETTINGS:
-            return self.value(name)
-        raise AttributeError(name)
-
-    def conversion(self) -> Any:
-        return self.data.conversion()
-
-    def results(self) -> dict[str, Any]:
-        from dtrain.settings import identity
-
-        return identity.results(self)
-
-    def digest(self) -> str:
-        from dtrain.settings import identity
-
-        return identity.digest(self)
-
-    def run_name(self) -> str:
-        from dtrain.settings import identity
-
-        return identity.run_name(self)

@@ -55,7 +55,9 @@ def _left_behind(settings: Settings, values: Mapping[str, Any], layer: Mapping[s
         before = values.get(name, settings[name].default)
         return isinstance(layer[name], str) and _bare(layer[name]) == _bare(before)
 
-    return [name for name, known in settings.items() if known.of in layer and not kept(known.of)]
+    return [
+        name for name, known in settings.items() if known.of is not None and known.of in layer and not kept(known.of)
+    ]
 
 
 def _bare(name: str) -> str:

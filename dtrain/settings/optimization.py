@@ -18,7 +18,12 @@ class Optimization(Panel):
 
     opt: str = setting("sgd", "optimizer: a name that `dtrain optimizers` lists, or ./file.py:function")
     opt_opt: dict[str, str] = setting({}, "option of the optimizer, as key=value; may be repeated", of="opt")
-    lr: float = setting(0.05, "peak learning rate; it is not rescaled with the batch size", above(0), of="opt")
+    lr: float | None = setting(
+        None,
+        "peak learning rate; it is not rescaled with the batch size [default: the optimizer's]",
+        above(0),
+        of="opt",
+    )
     momentum: float | None = setting(None, "momentum [default: the optimizer's]", within("[0, 1)"), of="opt")
     nesterov: bool | None = setting(None, "use Nesterov momentum [default: the optimizer's]", of="opt")
     weight_decay: float | None = setting(
@@ -27,6 +32,19 @@ class Optimization(Panel):
         at_least(0),
         flags=("--weight-decay", "--wd"),
         of="opt",
+    )
+    freeze: tuple[str, ...] | None = setting(
+        None,
+        "parameters that are not trained: patterns for their names, comma-separated, such as 'stem.*'; with @EPOCH "
+        "they are trained from that epoch on: 'stem.*@3'. Batch norm in a frozen part keeps its statistics",
+    )
+    layer_decay: float | None = setting(
+        None,
+        "factor between the learning rates of one layer and of the next one towards the head, such as 0.75",
+        within("(0, 1]"),
+    )
+    head_lr: float | None = setting(
+        None, "peak learning rate of the head, which gives the logits, in place of --lr", above(0), of="opt"
     )
     batch_size: Staged = setting(
         Staged.parse(128),

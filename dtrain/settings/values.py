@@ -51,9 +51,11 @@ def value_of(hint: Any, given: Any) -> Any:
         return _sequence_of(origin, members, given)
     if origin is dict:
         return _options(given)
-    if hasattr(hint, "parse"):
-        return given if isinstance(given, hint) else hint.parse(given)
-    return _PLAIN.get(hint, _text)(given)
+    parse: Callable[[Any], Any] | None = getattr(hint, "parse", None)
+    if parse is not None:
+        return given if isinstance(given, hint) else parse(given)
+    convert: Callable[[Any], Any] = _PLAIN.get(hint, _text)
+    return convert(given)
 
 
 def _of_union(members: Sequence[Any], given: Any) -> Any:
@@ -257,9 +259,8 @@ class Panel:
         return cls(**{known.name: values[known.name] for known in settings_of(cls) if known.name in values})
 
 
-@functools.cache
 def settings_of(panel: type[Panel]) -> tuple[Setting, ...]:
-    """The settings of a panel, in the order of its fields."""
+    """The settings of a panel, which is a class derived from Panel, in the order of its fields."""
     hints, found = get_type_hints(panel), []
     for f in dataclasses.fields(panel):  # type: ignore[arg-type]  # every panel is a dataclass
         members = get_args(hints[f.name])

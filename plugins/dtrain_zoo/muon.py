@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices_BMN: Tensor, steps: int) -> Tensor:
-    """Nearly the nearest semi-orthogonal matrices, by Newton-Schulz in bfloat16. (B, M, N) to float32 (B, M, N)."""
-    x = matrices_BMN.bfloat16()
+    """Nearly the nearest semi-orthogonal matrices, by Newton-Schulz. (B, M, N) to float32 (B, M, N).
+
+    It is computed in bfloat16 where the device has that natively, as published, and in float32 where it has not.
+    """
+    x = matrices_BMN.to(torch.bfloat16 if has_bfloat16(matrices_BMN.device.type) else torch.float32)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -25,6 +29,15 @@ def orthogonalize(matrices_BMN: Tensor, steps: int) -> Tensor:
         x = A * x + (B * gram + C * gram @ gram) @ x
     result: Tensor = (x.mT if tall else x).float()
     return result
+
+
+@cache
+def has_bfloat16(device_type: str) -> bool:
+    """Whether matrices are multiplied in bfloat16 by the processor or GPU itself; elsewhere it is emulated, slowly."""
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 class Muon(torch.optim.Optimizer):
@@ -86,7 +99,7 @@ def _orthogonal(updates: list[Tensor], steps: int) -> list[Tensor]:
 def muon(
     param_groups: Iterable[dict[str, Any]],
     *,
-    lr: float,
+    lr: float = 0.02,
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
@@ -94,18 +107,28 @@ def muon(
     aux_weight_decay: float = 0.0,
     ns_steps: int = 5,
 ) -> torch.optim.Optimizer:
-    """Muon for filters and matrices; the last of them (the classifier), biases and norms take SGD at `aux_lr`.
+    """Muon for filters; the classifier, embeddings, biases and norms take SGD with momentum at `aux_lr`.
 
-    aux_lr: default lr. weight_decay: of the orthogonal updates, times lr; aux_weight_decay: of the classifier.
+    aux_lr: default lr. weight_decay: of the orthogonal updates, times lr; aux_weight_decay: of the classifier. A group
+    whose rate or decay is not that of all, such as a frozen layer's neighbour or a `--head-lr`, keeps its own.
     """
-    parameters = [p for group in param_groups for p in group["params"]]
-    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    hidden, head = (matrices[:-1], matrices[-1:]) if len(matrices) > 1 else (matrices, [])
+    groups = []
+    for group in param_groups:
+        rate, decay, scale = group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("lr_scale", 1.0)
+        aux_rate = (lr if aux_lr is None else aux_lr) * scale if rate == lr * scale else rate
+        aux_decay = aux_weight_decay if decay == weight_decay and group.get("decays", True) else decay
+        groups.append({**_members(group, filters=True), "orthogonal": True, "lr": rate, "weight_decay": decay})
+        groups.append(
+            {**_members(group, filters=False), "orthogonal": False, "lr": aux_rate, "weight_decay": aux_decay}
+        )
     common = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-    aux = {**common, "lr": lr if aux_lr is None else aux_lr, "orthogonal": False}
-    groups: list[dict[str, Any]] = [
-        {"params": hidden, **common, "lr": lr, "orthogonal": True, "weight_decay": weight_decay},
-        {"params": head, **aux, "weight_decay": aux_weight_decay},
-        {"params": vectors, **aux, "weight_decay": 0.0},
-    ]
-    return Muon([g for g in groups if g["params"]], {"lr": lr})
+    return Muon([{**common, **group} for group in groups if group["params"]], {"lr": lr})
+
+
+def _members(group: dict[str, Any], *, filters: bool) -> dict[str, Any]:
+    """The group with its filters alone, or all else; without roles, what has two dimensions or more is a filter."""
+    parameters = list(group["params"])
+    roles = group.get("roles") or ["filter" if p.ndim >= 2 else "vector" for p in parameters]
+    kept = [number for number, role in enumerate(roles) if (role == "filter") == filters]
+    lists = {"params": parameters, "roles": roles, "param_names": group.get("param_names")}
+    return {**group, **{key: [values[i] for i in kept] for key, values in lists.items() if values is not None}}

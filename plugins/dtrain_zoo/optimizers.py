@@ -13,7 +13,7 @@ Groups = Iterable[dict[str, Any]]
 def sgd(
     param_groups: Groups,
     *,
-    lr: float,
+    lr: float = 0.05,
     momentum: float = 0.9,
     nesterov: bool = True,
     weight_decay: float = 5e-4,
@@ -29,7 +29,7 @@ def sgd(
 def adam(
     param_groups: Groups,
     *,
-    lr: float,
+    lr: float = 1e-3,
     betas: tuple[float, ...] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -42,7 +42,7 @@ def adam(
 def adamw(
     param_groups: Groups,
     *,
-    lr: float,
+    lr: float = 1e-3,
     betas: tuple[float, ...] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
