@@ -76,7 +76,7 @@ from pathlib import Path
 sys.path.insert(0, {str(HERE)!r})
 from test_rendezvous import three_runs
 folder = Path({str(tmp_path)!r})
-sys.stdout.write(f"{three_runs(folder, folder)}\\n")  # at once: the lines of two processes do not mix
+sys.stdout.write(str(three_runs(folder, folder)) + "\\n")  # at once: the lines of two processes do not mix
 """
     )
     command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", script]
