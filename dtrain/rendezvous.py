@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import gc
 import itertools
 import os
 import queue
@@ -27,7 +26,7 @@ T = TypeVar("T")
 WATCHDOG_GRACE = timedelta(seconds=60)
 
 _run_numbers = itertools.count(1)  # of the runs that this process has begun; all processes of a launcher begin the same
-_last: Meeting | None = None  # a run that failed leaves its groups to the next one, or to the end of the process
+_last: Meeting | None = None  # of the run before
 
 
 class Meeting:
@@ -36,7 +35,7 @@ class Meeting:
     def __init__(self, store: Any, witness: Witness) -> None:
         self.witness = witness
         self._store = store
-        self._joined = False
+        self.joined = False  # whether it has groups
 
     def join(self, backend: str) -> Any:
         """Make the default group over `backend`, for gradients; returns a gloo group for agreement. Collective."""
@@ -47,16 +46,16 @@ class Meeting:
         patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
         rank, size = self.witness.rank, self.witness.size
         dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=patience)
-        self._joined = True
+        self.joined = True
         return dist.new_group(backend="gloo", timeout=timeout)
 
     def part(self) -> None:
-        """End the heartbeat and the groups, on which all have agreed unless the run has failed."""
+        """End the heartbeat and the groups, on which all must have agreed."""
         import torch.distributed as dist
 
         self.witness.beat.stop()
-        if self._joined:
-            self._joined = False
+        if self.joined:
+            self.joined = False
             dist.destroy_process_group()
 
 
@@ -64,15 +63,16 @@ def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Mee
     """Find the store that all `size` processes share, at MASTER_ADDR and MASTER_PORT. Collective.
 
     neighbours: the ranks on this host, this one among them.
-    Raises ProcessError if the store is not found within the time-out.
+    Raises ProcessError if the store is not found within the time-out, or if an earlier run of this process failed when
+    it had groups: others may still wait in them, so that they cannot be closed.
     """
     global _last
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
     if _last is not None:
+        if _last.joined:
+            raise ProcessError("an earlier run of this process has failed while it trained; begin the next in another")
         _last.part()
-        _last = None
-        gc.collect()  # a failed run's DDP holds its groups open in a cycle, and a process that still waits in them
 
     if len(neighbours) < size:
         _choose_interface()
