@@ -110,9 +110,9 @@ def muon(
 ) -> torch.optim.Optimizer:
     """Muon for filters; the classifier, embeddings, biases and norms take SGD with momentum at `aux_lr`.
 
-    weight_decay: of the filters, times lr. aux_lr (default: lr) and aux_weight_decay: rate and decay of what is not made
-    orthogonal, where its group has the rate and decay of the run; a group with others, as by --head-lr, keeps them, and
-    --layer-decay scales either rate.
+    weight_decay: of the filters, times lr. aux_lr (default: lr) and aux_weight_decay: rate and decay of all that is not
+    made orthogonal. A group whose rate or decay is not the run's, as by --head-lr, keeps its own; --layer-decay scales
+    either rate.
     """
     groups = []
     for group in param_groups:
