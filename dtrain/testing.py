@@ -1,4 +1,4 @@
-"""What authors of plugins check their package with (plugins/README.md); any test framework will do, or none.
+"""Checks for authors of plugins (plugins/README.md), to be called from any test framework or from none.
 
 Each function returns nothing if all is well. Else it raises an error of one line: PluginError or DataError where the
 trainer would refuse the plugin itself, AssertionError where a run with it could not be trusted. Each takes some tenths
@@ -38,10 +38,11 @@ def check_architecture(
     in_channels: int = 3,
     **options: Any,
 ) -> None:
-    """Check an architecture, by name or as the function itself, on square images, with `options` in their own types.
+    """Check an architecture on square images.
 
-    It gives [b, num_classes] logits, the same weights from the same key, a gradient to every parameter, and a state
-    dict from which another instance answers the same.
+    architecture: its name or the function itself; options: its options in their own types, not as text. Checked are:
+    logits of shape [b, num_classes], equal weights from equal seeds, a gradient for every parameter, and that another
+    instance gives the same logits after it has loaded the state dict.
     """
     name, function = _loaded("architecture", architecture)
     images = noise(0, (2, in_channels, image_size, image_size), torch.float32, torch.channels_last)
@@ -77,10 +78,11 @@ def check_architecture(
 
 
 def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **options: Any) -> None:
-    """Check an optimizer, by name or as the function itself, on a convolution, a norm and a classifier.
+    """Check an optimizer on a network of a convolution, a batch norm and a classifier.
 
-    It takes every parameter, moves each by finite amounts, stands still at a rate of 0 (so that a schedule governs
-    it), and goes on from its saved state with the same bits.
+    optimizer: its name or the function itself; options: its options in their own types, not as text. Checked are: it
+    holds every parameter that it is given, changes each of them, to finite values, changes nothing at a rate of 0 (so
+    that a schedule has an effect), and continues from its saved state to the bit.
     """
     name, function = _loaded("optimizer", optimizer)
     images, labels = noise(0, (8, 3, 8, 8), torch.float32, torch.channels_last), torch.arange(8) % 4

@@ -1,4 +1,4 @@
-"""One exact pass over a split: every image once, counted in integers, the same for any number of processes."""
+"""One exact pass over a split: every image is seen once, and the counts are equal for any number of processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dtrain.world import Ask, Clock, World
 
 
 class Chunks(Protocol):
-    """This process's part of a split, in `rounds` rounds: as many as the busiest process needs."""
+    """This process's part of a split, read in rounds, of which every process has the same number."""
 
     @property
     def rounds(self) -> int:
-        """The same on every process, so that all meet in each round."""
+        """As many as the process with the largest part needs, so that all processes meet in every round."""
         ...
 
     def batch(self, turn: int) -> Batch | None:
-        """The batch of a round; None where this process has none left."""
+        """The batch of round `turn` (0-based), or None where this process has no images left."""
         ...
 
 
@@ -47,10 +47,11 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def evaluate(
     network: Network, modules: Mapping[str, nn.Module], chunks: Chunks, world: World, clock: Clock
 ) -> tuple[dict[str, Sums] | None, Ask]:
-    """Evaluate each of `modules` (by name: "raw", "ema") on every chunk; None if asked to stop meanwhile.
+    """Evaluate each of `modules`, named "raw" and "ema", on all chunks.
 
-    Rank 0's buffers are the run's: they are sent to the others first. Collective; one host sync at the end. Returns
-    also what was agreed, for the loop to act on.
+    Returns the sums over all processes by name, or None where the processes agreed to stop before the end, and what
+    they agreed on meanwhile, for the loop to act on. Rank 0's buffers are those that a checkpoint holds, so they are
+    sent to the other processes first. Collective; one host sync, at the end. Modes of modules are as before afterwards.
     """
     sums = {name: no_sums(network.device) for name in modules}
     save = False

@@ -20,7 +20,10 @@ NOTHING_FROZEN = Frozen(nn.Module(), {})
 
 @dataclass(frozen=True)
 class Learner:
-    """What `restore` brings back to where `parts` and `counts` were taken. frozen: what is so until an epoch."""
+    """What a checkpoint of a run's learning holds; `restore` brings it back to where `parts` and `counts` were taken.
+
+    ema: the average of the weights, None without --ema. frozen: what --freeze keeps from being trained until an epoch.
+    """
 
     network: Network
     optimizer: torch.optim.Optimizer
@@ -29,12 +32,12 @@ class Learner:
     frozen: Frozen = NOTHING_FROZEN
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors, by part and name, as they stand (no copy): what a checkpoint's files hold."""
+        """The tensors themselves, not copies, by part ("network", "optimizer", "ema") and name: one file a part."""
         parts = {"network": self.network.tensors(), "optimizer": pack(self.optimizer, self.network.module).tensors}
         return parts if self.ema is None else {**parts, "ema": dict(self.ema.module.state_dict())}
 
     def counts(self) -> dict[str, Any]:
-        """What is no tensor, as JSON's types."""
+        """All state that is not in a tensor, in types that JSON has."""
         return {
             "optimizer": pack(self.optimizer, self.network.module).scalars,
             "scaler": self.scaler.state_dict(),

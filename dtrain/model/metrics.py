@@ -1,11 +1,12 @@
-"""Sums of a batch that add up to the same bits however a run is cut: int64 counts, and losses in units of 2^-20.
+"""Sums of losses and hits in int64, which are equal to the bit however a run is divided.
 
-Legend: N images, K classes. A float sum over ranks and intervals differs with every way of cutting it; integers do not.
+A float sum depends on the order in which it is added up, and so on the number of processes and on where a run was
+stopped. Integers do not, so losses are added as multiples of 2^-20. Legend: N images, K classes.
 
-sums_of   one batch -> int64 [7]
-Outcome   one training step: its sums, its losses, whether its update was skipped
+sums_of   the sums of one batch, int64 [7] on the device
+Outcome   one training step: its sums, its losses, and whether its update was skipped
 Tally     the outcomes since they were last read, and which of them was the first to go wrong
-Sums      the same on the host, over all processes
+Sums      the sums of all processes, read to the host
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NEVER = 2**62
 
 
 def no_sums(device: torch.device) -> Tensor:
-    """The sums of no image: int64 [7] of zeros on `device`."""
+    """Where adding up begins: int64 [7] of zeros on `device`."""
     return torch.zeros(FIELDS, dtype=torch.int64, device=device)
 
 
@@ -40,7 +41,7 @@ def is_countable(losses_N: Tensor) -> Tensor:
 
 
 def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) -> Tensor:
-    """Sums of one batch, to be added over batches and processes and divided once at the end.
+    """The sums of one batch, which are added over batches and processes, and divided once, at the end.
 
     losses_N: (N,) float32; logits_NK: (N, K) any float type; labels: (N,) int64 in [0, K), or shares of the classes,
     (N, K) float32, of which the largest counts as right (at a tie each of them), and without `top5`.
@@ -137,7 +138,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Sums:
-    """Finished sums, on the host: what a row is made of."""
+    """Sums over all processes, read to the host: what a row of metrics.jsonl is computed from."""
 
     images: int
     hits: int
@@ -154,7 +155,7 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the images whose loss is finite; NaN, which rows write as null, where there is none."""
+        """The mean over the images whose loss was counted; NaN, which rows write as null, where there is none."""
         finite = self.images - self.nonfinite
         return self.loss_units * LOSS_UNIT / finite if finite else math.nan
 

@@ -1,7 +1,8 @@
-"""Updates that are not applied (`--on-nonfinite skip`): the decision, and tensors put back as they were.
+"""Leaving out an update whose loss or gradient is not finite (`--on-nonfinite skip`).
 
-All processes must decide alike. Gradients are the same on each after their all-reduce, and a loss that is not finite
-makes the gradient not finite (`poisoned`), so the decision is read off the gradients and no message is sent.
+All processes must decide alike. After their all-reduce the gradients are equal on all of them, and a loss that is not
+finite on one process makes its gradient, and so that of all, not finite (`poisoned`). Each process therefore decides by
+its gradients alone, and no message is sent.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from dtrain.errors import UsageError
 from dtrain.model.metrics import LARGEST_LOSS, is_countable
 
-GIVE_UP_STEPS = 20  # skipped in a row, after which a run ends: what comes by chance does not come so often
-NAMED = 5  # samples in a line
+GIVE_UP_STEPS = 20  # a run ends after so many skipped updates in a row: the cause is then not a single sample
+NAMED = 5  # samples that an error line names
 
 
 def poisoned(loss: Tensor, losses_N: Tensor) -> Tensor:
@@ -29,14 +30,14 @@ def poisoned(loss: Tensor, losses_N: Tensor) -> Tensor:
 
 
 def gradients_not_finite(module: nn.Module) -> Tensor:
-    """Whether a gradient of `module` is not finite, bool [] on its device. No host sync; one pass over gradients."""
+    """Whether any gradient of `module` is not finite: bool [] on its device. One pass over gradients, no host sync."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    # the largest of them, and no sum: squares of finite numbers overflow
+    # by the largest absolute value: a sum of squares may overflow though all gradients are finite
     return ~torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
 
 
 class Before:
-    """Copies of tensors as they stand, to be put back into them."""
+    """Copies of tensors as they are now, which can be written back into them."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = [tensor.detach() for tensor in tensors]
@@ -44,15 +45,16 @@ class Before:
 
     @torch.no_grad()
     def put_back(self, where: Tensor) -> None:
-        """Bit for bit, if `where` (bool [] on the device) is true. No host sync."""
+        """Write the copies back where `where` (bool [] on the device) is true. No host sync."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             torch.where(where, copy, tensor, out=tensor)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
-    """All that an optimizer keeps, on `device`; what stands in its groups is taken for hyper-parameters.
+    """The tensors of an optimizer's state, all of them on `device`.
 
-    Raises UsageError for what it keeps on the host: that cannot be put back without waiting for the device.
+    What its groups hold is taken for hyper-parameters, which an update does not change. Raises UsageError for state on
+    the host: it cannot be put back without waiting for the device.
     """
     found = []
     for state in optimizer.state.values():

@@ -108,7 +108,7 @@ def build_optimizer(choice: Choice, groups: Sequence[Group], module: nn.Module) 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its own rate times the schedule's factor. Python floats; no sync."""
+    """Set the rate of every group to its own peak rate times the schedule's factor. No host sync."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
@@ -149,14 +149,14 @@ def zero_new_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """An optimizer's state: tensors named `<parameter>/<key>`, and what is not a tensor."""
+    """An optimizer's state for a checkpoint: tensors named `<parameter>/<key>`, and all that is not a tensor."""
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]  # "state": {"<parameter>/<key>": number}, "groups": [hyper-parameters]
 
 
 def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
-    """State by parameter name, without a copy; hyper-parameters of the groups, without what is the machine's."""
+    """The state by names of parameters, not copied, and the hyper-parameters of the groups without OWN_KEYS."""
     names = {id(p): name for name, p in module.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}

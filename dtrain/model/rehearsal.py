@@ -1,7 +1,8 @@
-"""Two steps before training: what is wrong with a network is told here, in one line, not an hour later.
+"""Passes through the network before training, so that what is wrong with it is told at once, in one line.
 
-It also settles DDP: buckets are rebuilt after the first backward pass, and another order of buckets is another order of
-sums. Without a rehearsal a resume on 3 or 4 processes has other bits than the run that was not stopped.
+The last two go through the wrapped network for another reason too: DistributedDataParallel groups gradients into
+buckets anew after its first backward pass, and other buckets add up in another order. Without a rehearsal a resumed run
+on 3 or 4 processes would differ in rounding from one that was not stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dtrain.model.step import loss_of
 from dtrain.runtime import is_out_of_memory
 from dtrain.world import World
 
-LARGEST = 1024  # pixels: the largest square that is tried for a network that a smaller one does not fit
+LARGEST = 1024  # pixels a side: the largest images that are tried where a network cannot take the smaller ones
 
 
 def noise(
@@ -98,9 +99,10 @@ def _unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def smallest_size_told(build: Callable[[int], nn.Module], channels: int, size: int) -> Iterator[None]:
-    """Add to a PluginError raised inside the smallest square size that works, where too small images are the cause.
+    """Where images that are too small cause a PluginError inside, add to it the smallest square size that works.
 
-    build: the module for a size. Shapes alone are computed (torch's meta device): some milliseconds a try.
+    build: gives the module for a side in pixels. Only shapes are computed (on torch's meta device), which takes some
+    milliseconds for each size that is tried.
     """
     try:
         yield
@@ -135,11 +137,11 @@ def _smallest_size(build: Callable[[int], nn.Module], channels: int, size: int) 
 
 
 def rehearse(network: Network, images_NCHW: Tensor, arch: str, num_classes: int, world: World) -> None:
-    """Two forward and backward passes through the wrapped network; weights and buffers end as they began.
+    """Make two forward and backward passes through the wrapped network; weights and buffers end as they began.
 
-    images_NCHW: this process's, of the real image size. Raises PluginError for a parameter without gradient (which
-    would hang DDP), a state dict that does not come back, and a buffer that training moves but no checkpoint keeps.
-    Collective.
+    images_NCHW: images of this process in the size, type and layout that it will train with. Raises PluginError for a
+    parameter that gets no gradient (DDP would wait for it forever), a state dict that cannot be loaded back, and a
+    buffer that training changes but no checkpoint holds. Collective.
     """
     before = {name: value.detach().clone() for name, value in network.tensors().items()}
     labels_N = torch.arange(images_NCHW.shape[0], device=network.device) % num_classes
@@ -176,7 +178,7 @@ def _without_gradient(network: Network, module: nn.Module, images_NCHW: Tensor, 
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types and bytes, for comparing processes. One copy to the host."""
+    """SHA-256 over names, types, shapes and bytes, to compare tensors between processes. Copies them to the host."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

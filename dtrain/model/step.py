@@ -1,4 +1,4 @@
-"""One update and one evaluation of a batch: tensors in, device tensors out. No I/O, no host sync.
+"""One update from a batch, and the evaluation of one: tensors in, tensors on the device out; no I/O, no host sync.
 
 Legend: N images, C channels, H, W, K classes.
 """
@@ -77,7 +77,8 @@ def train_step(learner: Learner, batch: Batch, options: StepOptions, share: Shar
     """
     learner.optimizer.zero_grad(set_to_none=True)
     learner.frozen.hold(epoch)
-    buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())  # the forward pass moves them
+    # the forward pass changes buffers, such as the statistics of batch norm, before it is known that a step is skipped
+    buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())
     sums, losses_N = backward(learner.network, learner.scaler, batch, options, share)
     skipped = update(learner, options, buffers, epoch)
     if share.first == 0:  # the update of all processes is one: it is counted by the first of them
@@ -116,12 +117,12 @@ def backward(
 
 
 def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int = 0) -> Tensor:
-    """Apply the gradient, then the EMA. Returns whether it was left out, bool [] on the device.
+    """Update the weights from their gradients, then the EMA. Returns whether that was left out: bool [], on the device.
 
     epoch: the step's, 0-based; the gradients of what is frozen until a later one are dropped first.
 
-    With `skip_nonfinite`, where a gradient is not finite, nothing changes but a scaler's scale, and `buffers` are put
-    back. Raises UsageError where that cannot be done without waiting for the device.
+    With `skip_nonfinite`, where a gradient is not finite, nothing changes but the scale of the loss scaler, and
+    `buffers` are put back. Raises UsageError where that cannot be done without waiting for the device.
     """
     network = learner.network
     learner.frozen.drop_gradients(epoch)
@@ -129,7 +130,7 @@ def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int =
         _apply(learner, options.clip_grad)
         return torch.zeros((), dtype=torch.bool, device=network.device)
     skipped = gradients_not_finite(network.module)
-    if network.device.type == "cpu" and not learner.scaler.is_enabled():  # to read here is not to wait
+    if network.device.type == "cpu" and not learner.scaler.is_enabled():  # reading a value on the CPU costs no wait
         if not skipped:
             _apply(learner, options.clip_grad)
     else:
@@ -139,7 +140,7 @@ def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int =
 
 
 def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> None:
-    """Apply the gradient and put all back where `skipped`, a bool [] on the device, which is not read.
+    """Update as usual, then put everything back where `skipped` (bool [], on the device) is true, without reading it.
 
     The exception is what the optimizer has only just made, in a run's first update or in the first one of parameters
     that were frozen until now: it cannot be put back, so it has to go again, and there the device is waited for. The
@@ -175,9 +176,10 @@ def _apply(learner: Learner, clip_grad: float | None) -> None:
 
 @torch.no_grad()
 def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums of a batch under `module` (the network's own or its EMA), which is in evaluation mode, int64 [7].
+    """Evaluate `module`, the network's own or its EMA, which the caller has put into evaluation mode, on one batch.
 
-    And for each image whether its class came first, bool [N]. No collective, no host sync.
+    Returns the batch's sums, int64 [7], and for each image whether its class had the largest logit, bool [N], both on
+    the device. No collective, no host sync.
     """
     with network.autocast():
         output = module(batch.images)

@@ -41,11 +41,12 @@ def has_bfloat16(device_type: str) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonal` set are filters and matrices, flattened to 2-D; the others take SGD with momentum.
+    """SGD with momentum, except that in groups with `orthogonal` set the updates are made orthogonal first.
 
-    One update of a filter w of shape (M, ...), N = numel / M: w -= lr * weight_decay * w, then
-    w -= lr * sqrt(max(1, M / N)) * orthogonal(nesterov(momentum)). Filters of one shape are computed together.
-    State: one momentum buffer a parameter, in its own strides. No host sync.
+    Filters of convolutions are taken as matrices with one row for each output channel. One update of a filter w of
+    shape (M, ...), N = numel / M: w -= lr * weight_decay * w, then
+    w -= lr * sqrt(max(1, M / N)) * orthogonal(nesterov(momentum)). Filters of the same shape are computed together.
+    State: one momentum buffer for each parameter, in its own strides. No host sync.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
@@ -109,8 +110,9 @@ def muon(
 ) -> torch.optim.Optimizer:
     """Muon for filters; the classifier, embeddings, biases and norms take SGD with momentum at `aux_lr`.
 
-    aux_lr: default lr. weight_decay: of the orthogonal updates, times lr; aux_weight_decay: of the classifier. A group
-    whose rate or decay is not that of all, such as a frozen layer's neighbour or a `--head-lr`, keeps its own.
+    weight_decay: of the filters, times lr. aux_lr (default: lr) and aux_weight_decay: rate and decay of all that is not
+    made orthogonal. A group whose rate or decay is not the run's, as by --head-lr, keeps its own; --layer-decay scales
+    either rate.
     """
     groups = []
     for group in param_groups:

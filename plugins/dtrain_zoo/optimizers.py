@@ -1,4 +1,4 @@
-"""torch's own optimizers as plugins. By default they are fused, which means one kernel for all parameters."""
+"""torch's own optimizers as plugins. Fused by default: one kernel updates all parameters of a group."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def adamw(
     weight_decay: float = 0.01,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019): Adam with weight decay applied to the weights, not added to the gradient."""
+    """AdamW (Loshchilov and Hutter 2019): weight decay shrinks the weights directly and is no part of the gradient."""
     return torch.optim.AdamW(param_groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=fused)
