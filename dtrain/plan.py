@@ -14,7 +14,7 @@ import bisect
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -105,7 +105,7 @@ class Plan:
     total_steps: int
     warmup_samples: int
     schedule: str
-    course: schedules.Schedule
+    course: schedules.Schedule = field(compare=False)  # `schedule` with its options: a function
     log_interval: int
     eval_every: Every
     save_every: Every

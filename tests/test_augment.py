@@ -16,17 +16,16 @@ from dtrain.data.augment import (
     ONE,
     QUANTILES,
     RECORDS,
-    Augmentation,
     Draws,
     Place,
     Record,
-    asked_of,
     beta_quantiles,
     decide,
     mixed_labels,
     undecided,
 )
 from dtrain.keyed import Stream, key
+from dtrain.settings.augmentation import Augmentation
 from dtrain.settings.config import TrainConfig
 
 EVERYTHING = Augmentation(
@@ -139,7 +138,7 @@ def test_an_evaluation_takes_the_middle(stored: int, corner: int) -> None:
 
 def test_settings_given_short_are_filled_up() -> None:
     def of(**settings: Any) -> Augmentation:
-        return asked_of(TrainConfig.of(recipe="none", arch="x", **settings))
+        return TrainConfig.of(recipe="none", arch="x", **settings).augmentation
 
     assert of() == Augmentation()
     assert of(flip=True, shift=2, cutout=8) == Augmentation(flip=True, shift=2, cutout=8)

@@ -39,6 +39,7 @@ from dtrain.data.cache import convert
 from dtrain.data.format import ALLOCATION, FIELD, HEADER, PAGE, SAMPLE, VERSION
 from dtrain.data.loader import open_loader
 from dtrain.errors import DataError, UsageError
+from dtrain.settings.data import Data
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +334,7 @@ def test_the_facts_of_a_beton_are_plain_values(sound: Path) -> None:
 
 
 def test_digits_have_the_same_bytes_on_every_machine(tmp_path: Path) -> None:
-    betons = finished(data.convert("digits", tmp_path, tmp_path))
+    betons = finished(data.convert(Data(dataset="digits", data_dir=tmp_path, cache_dir=tmp_path)))
     assert {name: beton.sha256[:16] for name, beton in betons.items()} == {
         "train": "365e2df75cbce666",
         "test": "f035ff131156add5",

@@ -202,7 +202,7 @@ def test_a_wrong_word_ends_with_2_and_one_line(ranks: Warm, tmp_path: Path, argu
         ("--opt adamw --nesterov", "--nesterov: optimizer adamw has no use for it; leave it out"),
         ("--opt sgd --opt-opt betas=0.9,0.9", "optimizer sgd has no option 'betas'"),
         ("--arch-opt nrom=batch", "architecture allcnn_c has no option 'nrom'; did you mean 'norm'?"),
-        ("--arch-opt norm=bach", "architecture allcnn_c: norm=bach: did you mean 'batch'?"),
+        ("--arch-opt norm=bach", "architecture allcnn_c: norm=bach: not a choice; did you mean 'batch'?"),
     ],
 )
 def test_an_option_nobody_has_a_use_for_is_an_error(ranks: Warm, tmp_path: Path, arguments: str, told: str) -> None:

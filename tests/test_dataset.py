@@ -177,7 +177,7 @@ def cold_start(source: Path, cache: Path, output: Path, *, own_host: bool = Fals
 
     sys.addaudithook(seen)
     settings: dict[str, Any] = {"arch": SMALL, "dataset": str(source), "recipe": "none", "threads": 1, "steps": 1}
-    train(TrainConfig.of(recipe="none", **settings, batch_size=4, loader="memory", cache_dir=cache, output=output))
+    train(TrainConfig.of(**settings, batch_size=4, loader="memory", cache_dir=cache, output=output))
     return rank, looked, written
 
 

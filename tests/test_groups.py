@@ -21,6 +21,8 @@ from dtrain.model.learner import learner_of
 from dtrain.model.network import Network
 from dtrain.model.optimization import build_optimizer, chosen_optimizer
 from dtrain.model.step import StepOptions, train_step
+from dtrain.plan import Share
+from dtrain.settings.optimization import Optimization
 
 
 class Transformer(nn.Module):
@@ -158,7 +160,7 @@ def test_the_head_can_have_a_rate_of_its_own() -> None:
     module = small(5)
     groups = grouped(module, lr=0.1, head=("9.weight", "9.bias"), head_lr=0.7)
     assert {name for name, rate in rates(groups).items() if rate == 0.7} == {"9.weight", "9.bias"}
-    optimizer = build_optimizer(chosen_optimizer("sgd", {}), groups, module, lr=0.1)
+    optimizer = build_optimizer(chosen_optimizer(Optimization(opt="sgd", lr=0.1)), groups, module)
     given = {name: g["initial_lr"] for g in optimizer.param_groups for name in g["param_names"]}
     assert given == rates(groups)
 
@@ -218,7 +220,7 @@ def test_what_is_frozen_until_an_epoch_neither_moves_nor_has_state_before(optimi
     module = small(5)
     until = frozen_until(["[01].*@2"], module)
     groups = grouped(module, lr=0.1, until=until)
-    made = build_optimizer(chosen_optimizer(optimizer, {}), groups, module, lr=0.1)
+    made = build_optimizer(chosen_optimizer(Optimization(opt=optimizer, lr=0.1)), groups, module)
     network = Network(module, module, torch.float32, torch.device("cpu"))
     learner = learner_of(network, made, until=until)
     held, others = [*module[0].parameters(), *module[1].parameters()], list(module[4].parameters())
@@ -228,11 +230,11 @@ def test_what_is_frozen_until_an_epoch_neither_moves_nor_has_state_before(optimi
         return [*module[0].state_dict().values(), *module[1].state_dict().values()]
 
     for epoch in (0, 1):
-        train_step(learner, batch(), StepOptions(8, 0.0, 1.0), epoch)
+        train_step(learner, batch(), StepOptions(0.0, 1.0), Share(0, (8,), 8), epoch)
         assert all(torch.equal(a, b) for a, b in zip(before, now(), strict=True))
     assert not any(p in made.state for p in held)
     assert all(p in made.state for p in others)
-    train_step(learner, batch(), StepOptions(8, 0.0, 1.0), 2)
+    train_step(learner, batch(), StepOptions(0.0, 1.0), Share(0, (8,), 8), 2)
     assert not torch.equal(before[0], module[0].weight)
     assert not torch.equal(before[4], module[1].running_mean)
 
@@ -242,8 +244,9 @@ def test_rows_name_roles_and_what_the_optimizer_made_of_rates_and_decays() -> No
     until = frozen_until(["0.*", "1.*@2"], module)
     freeze(module, until)
     groups = grouped(module, lr=0.1, head=("9.weight", "9.bias"), until=until)
-    choice = chosen_optimizer("muon", {"aux_lr": "0.02", "aux_weight_decay": "0.25"}, weight_decay=0.5)
-    assert group_rows(build_optimizer(choice, groups, module, lr=0.1), groups, module) == [
+    options = {"aux_lr": "0.02", "aux_weight_decay": "0.25"}
+    choice = chosen_optimizer(Optimization(opt="muon", opt_opt=options, lr=0.1, weight_decay=0.5))
+    assert group_rows(build_optimizer(choice, groups, module), groups, module) == [
         ("filter", "rate 0.1, decay 0.5: 1,152 parameters in 4.weight"),
         ("head", "rate 0.02, decay 0.25: 80 parameters in 9.weight"),
         ("vector", "rate 0.02, decay 0, frozen until epoch 2: 16 parameters in 1.weight, 1.bias"),

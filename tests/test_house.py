@@ -26,13 +26,14 @@ STOREYS = (
     ("dtrain.commands",),
     ("dtrain",),  # dtrain/__init__.py, the Python API; lazy
     ("dtrain.training",),
+    ("dtrain.assembly",),
     ("dtrain.data", "dtrain.model", "dtrain.run"),
     ("dtrain.runtime", "dtrain.world", "dtrain.plan"),
     ("dtrain.rendezvous",),
     ("dtrain.witness",),
-    ("dtrain.config", "dtrain.ranges"),
     ("dtrain.settings", "dtrain.schedules"),
     ("dtrain.plugins",),
+    ("dtrain.settings.values",),  # what a plugin's options are read with as well
     ("dtrain.keyed", "dtrain.files"),
     ("dtrain.errors",),
 )
@@ -137,7 +138,7 @@ def test_the_rule_itself_finds_upward_arrows() -> None:
     assert not goes_up("dtrain.training", "dtrain.data.loader")
     assert not goes_up("dtrain.data.loader", "dtrain.data.beton")
     assert not goes_up("dtrain.run.rundir", "dtrain.files")
-    assert goes_up("dtrain.config", "dtrain.plan")
+    assert goes_up("dtrain.settings.config", "dtrain.plan")
     assert goes_up("dtrain.files", "dtrain.keyed")
     assert goes_up("dtrain.run.rundir", "dtrain.data.loader")
     assert goes_up("dtrain.data.beton", "dtrain.data.loader")

@@ -211,7 +211,8 @@ def test_a_network_may_see_less_than_is_stored(
     lut = lookup_table(*((weights[0],), (weights[1],)) if channels == 1 else (MEAN, STD), "float32")
     gray = ((pixels.astype(np.int64) @ [19595, 38470, 7471] + 32768) >> 16).astype(np.uint8)[..., None]
     stored = gray if channels == 1 else pixels
-    with seen.train_loader(plan_of(config), 0, config.augmentation, feed_of(config)) as loader:
+    plan = assembly.plan_of(config, train_size=COUNT, image_size=size, world_size=1)
+    with seen.train_loader(plan, 0, config.augmentation, feed_of(config)) as loader:
         batch = loader.batch(7)
     table = decide(AUGMENTATION, 7, 1, batch.indices.numpy(), size, SIZE).moves
     images = [reference(stored[i], row, 5, lut, size) for i, row in zip(batch.indices, table.tolist(), strict=True)]
@@ -338,8 +339,8 @@ def test_the_checksums_of_all_shares_add_up_to_that_of_the_batch_and_cover_sampl
 
     wanted = by_hand(decide(AUGMENTATION, 7, 1, indices, SIZE).moves)
     assert [checksum(config, 7, world) for world in (1, 2, 3, 4)] == [wanted] * 4
-    others = [replace(config, shift=2), replace(config, flip=False), replace(config, seed=8)]
-    others += [replace(config, **{name: value}) for name, value in EVERYTHING.items()]
+    others = [config_of(loader="memory", **{name: value}) for name, value in {**EVERYTHING, "shift": 2}.items()]
+    others += [config_of(loader="memory", flip=False), config_of(loader="memory", seed=8)]
     assert len({wanted, checksum(config, 8), *(checksum(other, 7) for other in others)}) == 11
     everything = config_of(loader="memory", **EVERYTHING)
     d = decide(everything.augmentation, 7, 1, indices, SIZE)
@@ -547,7 +548,7 @@ def filled_in_deterministic_mode() -> tuple[bool, bool]:
     """Whether deterministic mode is on, and whether it fills new memory."""
     from dtrain.runtime import Runtime, apply
 
-    apply(Runtime("cpu", "gloo", 1, "float32", ()), deterministic=True)
+    apply(Runtime("cpu", "gloo", 1, "float32", deterministic=True, tf32=False, autotune=False, why=()))
     fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     return torch.are_deterministic_algorithms_enabled(), fills
 

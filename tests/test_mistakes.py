@@ -193,7 +193,7 @@ def test_a_resume_with_other_settings_is_refused_with_what_was_what_is_asked_and
     cells = {words[0]: words[1:] for words in map(str.split, table[1:])}
     assert cells.pop("arch")[2] == "refused"
     assert cells == {
-        "lr": ["0.05", "0.25", "refused"],
+        "lr": ["-", "0.25", "refused"],
         "batch_size": ["128", "64", "refused"],
         "opt": ["sgd", "adam", "refused"],
         "seed": ["0", "1", "refused"],

@@ -113,7 +113,7 @@ PACKAGES = {
                 self.file = (folder / "lines.txt").open("a")
 
             def write(self, row):
-                print(row["kind"], row["step"], file=self.file)
+                print(row.kind, row.step, file=self.file)
 
             def close(self, exit_code):
                 self.file.close()
@@ -280,7 +280,7 @@ def test_a_broken_plugin_breaks_only_those_who_ask_for_it() -> None:
     with pytest.raises(PluginError, match="optimizer broken_opt of broken"):
         load("optimizer", "broken_opt")
     assert load("architecture", "second::twice")(10) == ("second", 10)
-    assert TrainConfig.of(arch="typed").lr == 0.25
+    assert TrainConfig.of(arch="typed").value("lr") == 0.25
 
 
 @pytest.mark.usefixtures("installed")
@@ -404,17 +404,17 @@ def test_a_class_gives_the_types_of_its_constructor() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_a_recipe_comes_with_its_architecture_and_from_no_other_package() -> None:
-    assert TrainConfig.of(arch="typed", dataset="digits").lr == 0.5
+    assert TrainConfig.of(arch="typed", dataset="digits").value("lr") == 0.5
     config = TrainConfig.of(arch="typed", dataset="cifar10")
-    assert (config.lr, config.arch_opt, config.recipe) == (0.25, {"width": "4"}, "first::typed")
-    assert TrainConfig.of(arch="resnet18", dataset="digits").lr != 9.0
+    assert [config.value(name) for name in ("lr", "arch_opt", "recipe")] == [0.25, {"width": "4"}, "first::typed"]
+    assert TrainConfig.of(arch="resnet18", dataset="digits").value("lr") != 9.0
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_recipe_is_named_like_a_plugin() -> None:
     with pytest.raises(PluginError, match="recipe 'both' is offered more than once, as first::both and second::both"):
         TrainConfig.of(arch="typed", recipe="both")
-    assert TrainConfig.of(arch="typed", recipe="second::both").lr == 2.0
+    assert TrainConfig.of(arch="typed", recipe="second::both").value("lr") == 2.0
     with pytest.raises(PluginError, match="recipe 'allcnn_c-digit' is not installed; did you mean 'allcnn_c-digits'"):
         TrainConfig.of(arch="allcnn_c", recipe="allcnn_c-digit")
     with pytest.raises(PluginError, match="recipe torn of broken cannot be read: .*line 1"):
@@ -442,7 +442,7 @@ def train_fresh_net(site: str, output: str, cache: str) -> tuple[str, int]:
     config = TrainConfig.of(
         arch="fresh_net", dataset="digits", steps=3, loader="memory", threads=1, output=output, cache_dir=cache
     )
-    return train(config).status, config.shift
+    return train(config).status, config.augmentation.shift
 
 
 def test_a_new_package_trains_with_its_own_recipe(ranks: Warm, site: Path, tmp_path: Path) -> None:

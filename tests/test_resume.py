@@ -135,7 +135,8 @@ STAGED = {
 def test_sizes_that_change_at_epochs_change_again_after_a_stop_before_at_or_after_the_change(
     ranks: Warm, tmp_path: Path, cache: Path, what: str, world: int
 ) -> None:
-    from dtrain.run.rundir import comparable, read_rows
+    from dtrain.run.rows import comparable
+    from dtrain.run.rundir import read_rows
 
     more = {**STAGED[what], "log_interval": 1, "eval_every": "1epoch"}
     some = Runs(ranks, tmp_path, cache, "sgd", True, more)

@@ -78,9 +78,9 @@ def test_flags_files_and_python_say_it_alike_and_a_run_keeps_it(tmp_path: Path) 
     )
     assert identity.results(from_file) == identity.results(from_flags) == identity.results(by_hand)
     assert (from_file.settings()["batch_size"], from_file.settings()["image_size"]) == ("64,640@200", 24)
-    assert TrainConfig.stored(from_file.settings()).batch_size == Staged.parse("64,640@200")
+    assert TrainConfig.stored(from_file.settings()).optimization.batch_size == Staged.parse("64,640@200")
 
 
 def test_images_are_stored_in_the_largest_size() -> None:
     config = TrainConfig.of(recipe="none", arch="x", image_size=Staged.parse("32,48@3,24@5"))
-    assert config.conversion().image_size == 48
+    assert config.data.conversion().image_size == 48

@@ -23,6 +23,7 @@ from dtrain.model.network import Average, Network
 from dtrain.model.optimization import build_optimizer, chosen_optimizer, clip, pack, unpack
 from dtrain.model.step import StepOptions, eval_step, loss_of, seed_step, train_step
 from dtrain.plan import Share, shares_of
+from dtrain.settings.optimization import Optimization
 
 CPU = torch.device("cpu")
 WHOLE, QUARTERS = Share(0, (24,), 24), Share(0, (6, 6, 6, 6), 24)
@@ -112,11 +113,11 @@ def test_momentum_is_none_though_the_first_update_under_float16_overflows(monkey
     network = Network(module, module, torch.float16, CPU)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
     learner = Learner(network, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**60), None)
-    train_step(learner, batch(), StepOptions(24, 0.0, None))
+    train_step(learner, batch(), StepOptions(0.0, None), WHOLE)
     assert distance(module, plain()) == 0
     learner.scaler.update(2.0**8)
-    train_step(learner, batch(), StepOptions(24, 0.0, None))
-    usual, _ = stepped(plain(), StepOptions(24, 0.0, None))
+    train_step(learner, batch(), StepOptions(0.0, None), WHOLE)
+    usual, _ = stepped(plain(), StepOptions(0.0, None))
     assert 0 < distance(module, usual) < 1e-3  # the first step with momentum is one without
 
 
@@ -183,8 +184,8 @@ def test_auxiliary_logits_count_a_third_or_so_and_only_the_first_are_counted_as_
 
 def test_biases_and_norms_do_not_decay() -> None:
     module = small(10)
-    choice = chosen_optimizer("sgd", {}, weight_decay=0.25)
-    decayed = build_optimizer(choice, grouped(module, lr=0.1), module, lr=0.1).param_groups
+    choice = chosen_optimizer(Optimization(opt="sgd", lr=0.1, weight_decay=0.25))
+    decayed = build_optimizer(choice, grouped(module, lr=0.1), module).param_groups
     of = {id(p): group["weight_decay"] for group in decayed for p in group["params"]}
     decays = {name: of[id(p)] for name, p in module.named_parameters()}
     assert decays == {

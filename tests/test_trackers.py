@@ -143,7 +143,7 @@ class Lines:
         self.file = (folder / "lines.txt").open("a")
 
     def write(self, row):
-        print(row["kind"], row["step"], file=self.file)
+        print(row.kind, row.step, file=self.file)
 
     def close(self, exit_code):
         self.file.close()

@@ -96,8 +96,6 @@ def _number(kind: type[int] | type[float], given: Any) -> int | float:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise Unfit(f"give a {'whole ' if kind is int else ''}number") from None
-    if not math.isfinite(number):
-        raise Unfit("give a finite number")
     return number
 
 
@@ -226,6 +224,9 @@ class Setting:
         value = given
         try:
             value = value_of(self.kind, given)
+            parts = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(number) for number in parts if isinstance(number, float)):
+                raise Unfit("give a finite number")
             if self.check is not None:
                 self.check(value)
         except Unfit as error:
