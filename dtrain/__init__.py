@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dtrain.assembly import load_network
     from dtrain.settings.config import TrainConfig
-    from dtrain.training import load_network, train
+    from dtrain.training import train
 
 __all__ = ["TrainConfig", "load_network", "train"]
 __version__ = "0.1.0"
 
-_HOMES = {"TrainConfig": "dtrain.settings.config", "train": "dtrain.training", "load_network": "dtrain.training"}
+_HOMES = {"TrainConfig": "dtrain.settings.config", "train": "dtrain.training", "load_network": "dtrain.assembly"}
 
 
 def __getattr__(name: str) -> Any:

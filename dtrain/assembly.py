@@ -5,7 +5,7 @@ Training, evaluation, replay, dry runs and `load_network` all call these functio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from dtrain import runtime
 from dtrain.data.cache import CONVERSION_SECONDS
 from dtrain.data.dataset import Chunks, DataSet, Feed, load_dataset
 from dtrain.data.loader import Loader
-from dtrain.errors import UsageError
+from dtrain.errors import StorageError, UsageError
 from dtrain.model import groups, rehearsal
 from dtrain.model.learner import Learner, learner_of
 from dtrain.model.network import Network, build_module, chosen_architecture, layout, mode_told, wrap
 from dtrain.model.optimization import Choice, build_optimizer, chosen_optimizer
 from dtrain.model.step import StepOptions
 from dtrain.plan import Plan, check_batch, make_plan
-from dtrain.run import trackers
+from dtrain.run import checkpoint, trackers
 from dtrain.run.console import Console, three_ways
-from dtrain.run.recorder import refuse_other_data
+from dtrain.run.recorder import Recorder, open_recorder, recorder_elsewhere, refuse_other_data
 from dtrain.runtime import Runtime
 from dtrain.schedules import chosen_schedule
 from dtrain.settings import identity
@@ -291,6 +291,30 @@ def options_of(config: TrainConfig) -> StepOptions:
 # -- a run that is there -----------------------------------------------------------------------------------------------
 
 
+def recorder_of(config: TrainConfig, *, main: bool, command: Sequence[str], resolved: Mapping[str, Any]) -> Recorder:
+    """The recorder of a run: on the main process it owns the run directory, elsewhere it does nothing.
+
+    command: the command line. resolved: what `auto` became. Raises what `open_recorder` raises.
+    """
+    path = identity.run_path(config)
+    if not main:
+        return recorder_elsewhere(path)
+    return open_recorder(
+        path,
+        config.settings(),
+        resume=config.run.resume,
+        refuse=lambda taken: refuse_other_settings(taken, config),
+        command=command,
+        resolved=resolved,
+        chosen=(
+            ("architecture", config.network.arch),
+            ("optimizer", config.optimization.opt),
+            ("schedule", config.optimization.schedule),
+        ),
+        track=config.run.track,
+    )
+
+
 def refuse_other_settings(path: Path, config: TrainConfig) -> None:
     """Raise UsageError, with a table, if the run at `path` has other settings that shape its numbers than `config`."""
     try:
@@ -334,3 +358,20 @@ def agreed_machine(config: TrainConfig, at: Place, world: World, kept: Mapping[s
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
     runtime.apply(machine)
     return machine
+
+
+def load_network(run: Path | str, step: int | None = None) -> nn.Module:
+    """The network of a run's checkpoint (its last, or the one of `step`), in evaluation mode, on the CPU.
+
+    Raises StorageError where there is none that is sound.
+    """
+    checkpoints = Path(run) / checkpoint.FOLDER
+    if step is None:
+        saved = checkpoint.find(checkpoints).checkpoint
+    else:
+        saved = checkpoint.load(checkpoints / checkpoint.name_of(step))
+    if saved is None:
+        raise StorageError(f"{run}: no sound checkpoint is there")
+    module = module_of(TrainConfig.stored(saved.about["config"]), saved.about)
+    module.load_state_dict(saved.parts["network"])
+    return module.eval()

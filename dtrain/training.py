@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from dtrain import assembly, runtime
 from dtrain.assembly import Parts
@@ -26,8 +24,8 @@ from dtrain.model.nonfinite import GIVE_UP_STEPS, told
 from dtrain.model.optimization import set_lr
 from dtrain.model.step import seed_step, train_step
 from dtrain.run import checkpoint
-from dtrain.run.console import Console, counted, shown, span
-from dtrain.run.recorder import Recorder, open_recorder, recorder_elsewhere, refuse_other_data, resolved_before
+from dtrain.run.console import Console, shown
+from dtrain.run.recorder import Recorder, refuse_other_data, resolved_before
 from dtrain.run.rows import EvalClock, EvalRow, TrainClock, TrainRow
 from dtrain.run.state import Best, RunClock, Stopwatch, TrainState, read_state
 from dtrain.settings import identity
@@ -68,7 +66,9 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                 dataset = assembly.dataset_of_all(config, world, console)
             plan = assembly.plan_of(config, **dataset.sizes, world_size=world.size)
             resolved = {**asdict(machine), "world_size": world.size}
-            recorder = world.main_first(lambda main: _recorder(config, main, command, resolved))
+            recorder = world.main_first(
+                lambda main: assembly.recorder_of(config, main=main, command=command, resolved=resolved)
+            )
             opened.callback(recorder.close, console)
             with runtime.memory_told(f"with {plan.largest_micro_batch} images at a time a process; {plan.lighter()}"):
                 parts = assembly.parts_of(config, machine, dataset, plan, world, console)
@@ -101,27 +101,6 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
     path, fresh = identity.run_path(config), config.run.resume == "none"
     kept = world.from_main(lambda: resolved_before(path, fresh=fresh, world_size=at.size))
     return assembly.agreed_machine(config, at, world, kept)
-
-
-def _recorder(config: TrainConfig, main: bool, command: Sequence[str], resolved: dict[str, Any]) -> Recorder:
-    """The run directory on the main process, a recorder that does nothing elsewhere."""
-    path = identity.run_path(config)
-    if not main:
-        return recorder_elsewhere(path)
-    return open_recorder(
-        path,
-        config.settings(),
-        resume=config.run.resume,
-        refuse=lambda taken: assembly.refuse_other_settings(taken, config),
-        command=command,
-        resolved=resolved,
-        chosen=(
-            ("architecture", config.network.arch),
-            ("optimizer", config.optimization.opt),
-            ("schedule", config.optimization.schedule),
-        ),
-        track=config.run.track,
-    )
 
 
 class Training:
@@ -190,7 +169,7 @@ class Training:
             except StorageError as error:  # the checkpoint itself was written
                 self.console.warn(f"saved, but: {error}")
             self.console.stop()
-            self.console.table("stopped", [*self._seconds(), ("to go on", again)])
+            self.console.stopped(state.seconds, self.recorder.path, again)
             line = f"stopped at step {state.step} by {reason}, saved; to go on: {again}"
             raise Stopped(line, told_elsewhere=not self.world.is_main)
 
@@ -322,25 +301,17 @@ class Training:
         self.clock.saved()
 
     def _write(self) -> None:
-        folder, state = self.recorder.folder, self.state
-        if folder is None:
+        if self.recorder.folder is None:
             return
+        state, recorder = self.state, self.recorder
+        about = {"config": self.config.settings(), **self.dataset.facts, "plugins": dict(recorder.record.plugins)}
         counts = {"run": asdict(state), "learner": self.learner.counts()}
-        about: dict[str, Any] = {
-            "config": self.config.settings(),
-            **self.dataset.facts,
-            "plugins": dict(self.recorder.record.plugins),
-        }
-        self.recorder.flush()
-        path = checkpoint.save(folder.checkpoints, state.step, self.learner.parts(), counts, about)
-        self.recorder.event("save", state.step)
-        try:
-            checkpoint.prune(
-                folder.checkpoints, keep=self.config.run.keep, best=state.best.step if state.best else None
-            )
-            self.recorder.update(step=state.step, last_checkpoint=path.name)
-        except StorageError as error:  # the checkpoint itself is there
-            self.console.warn(f"saved, but: {error}")
+        best = state.best.step if state.best is not None else None
+        keep = self.config.run.keep
+        if (
+            warning := recorder.save(state.step, self.learner.parts(), counts, about, keep=keep, best=best)
+        ) is not None:
+            self.console.warn(warning)
 
     def finish(self) -> Summary:
         """Record that the run is finished, and show its table of results."""
@@ -351,42 +322,23 @@ class Training:
         recorder.event("finish", state.step)
         recorder.update(status="finished", step=state.step, exit_code=ExitCode.DONE, reason=None)
         self.console.stop()
-        accuracies = [
-            (f"{row.split} accuracy, {weights} weights", counted(row.hits, row.images))
-            for weights, row in evaluations.items()
-        ]
-        best, last = [], max((row.hits for row in evaluations.values()), default=0)
-        if state.best is not None and state.best.hits > last:
-            note = ", picked on the test split: no fair figure" if state.best.split == "test" else ""
-            best = [(f"best, at step {state.best.step}{note}", counted(state.best.hits, state.best.images))]
-        look = ("look at it", f"dtrain eval {shlex.quote(shown(path))}")
-        self.console.table("finished", [*accuracies, *best, *self._seconds(), look])
+        self.console.finished(list(evaluations.values()), state.best, state.seconds, path)
         return Summary(path, "finished", state.step, evaluations, state.best, state.seconds)
-
-    def _seconds(self) -> list[tuple[str, str]]:
-        times = ", ".join(f"{kind} {span(value)}" for kind, value in self.state.seconds.items())
-        return [("time", times), ("run directory", shown(self.recorder.path))]
 
     def _resumed(self) -> TrainState:
         """Go on from the newest undamaged checkpoint: rank 0 reads it and sends it to the others. Collective."""
-        started, found = time.monotonic(), checkpoint.Found(None, [])
+        started, damaged = time.monotonic(), list[tuple[Path, str]]()
 
         def read() -> checkpoint.Checkpoint | None:
-            nonlocal found
-            if self.recorder.folder is None or self.config.run.resume == "none":
-                return None
-            asked = Path(self.config.run.resume)
-            if asked.parent.name == checkpoint.FOLDER:
-                checkpoint.undo_after(asked)
-            found = checkpoint.newest(self.recorder.folder.checkpoints)
+            found = self.recorder.newest(self.config.run.resume)
+            damaged.extend(found.damaged)
             return found.checkpoint
 
         saved = self.world.from_main(read)
-        for path, reason in found.damaged:
+        for path, reason in damaged:
             self.console.warn(f"damaged checkpoint set aside: {shown(path)}: {reason}")
         if saved is None:
-            if self.recorder.folder is not None:
-                self.recorder.folder.cut_back(0, evaluated=False)
+            self.recorder.cut_back(0, evaluated=False)
             self.recorder.event("start", 0, processes=self.world.size)
             return TrainState()
         refuse_other_data(self.config.data.dataset, was=saved.about, asked=self.dataset.facts)
@@ -395,25 +347,7 @@ class Training:
         for kind, plugin in self.recorder.record.plugins.items():
             if plugin != (was := saved.about["plugins"].get(kind, plugin)):
                 self.console.warn(f"{kind}: was {was}, is {plugin}; what follows need not be the run as it began")
-        if self.recorder.folder is not None:
-            self.recorder.folder.cut_back(state.step, evaluated=not state.eval_due)
+        self.recorder.cut_back(state.step, evaluated=not state.eval_due)
         self.recorder.event("resume", state.step, processes=self.world.size)
         self.console.line(f"goes on at step {state.step}, read in {time.monotonic() - started:.1f} s")
         return state
-
-
-def load_network(run: Path | str, step: int | None = None) -> nn.Module:
-    """The network of a run's checkpoint (its last, or the one of `step`), in evaluation mode, on the CPU.
-
-    Raises StorageError where there is none that is sound.
-    """
-    checkpoints = Path(run) / checkpoint.FOLDER
-    if step is None:
-        saved = checkpoint.find(checkpoints).checkpoint
-    else:
-        saved = checkpoint.load(checkpoints / checkpoint.name_of(step))
-    if saved is None:
-        raise StorageError(f"{run}: no sound checkpoint is there")
-    module = assembly.module_of(TrainConfig.stored(saved.about["config"]), saved.about)
-    module.load_state_dict(saved.parts["network"])
-    return module.eval()

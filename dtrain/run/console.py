@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dtrain.run.rows import EvalRow, TrainRow
+from dtrain.run.state import Best
 
 T = TypeVar("T")
 CELL = 30  # most characters of a cell in `three_ways`, so that three of them and a name fit on a line
@@ -101,6 +103,21 @@ class Console:
                 with suppress(OSError):
                     bar.stop()
 
+    def finished(
+        self, evaluations: Sequence[EvalRow], best: Best | None, seconds: Mapping[str, float], run: Path
+    ) -> None:
+        """The table at the end of a run. evaluations: the last row of each kind of weights."""
+        rows = [(f"{row.split} accuracy, {row.weights} weights", counted(row.hits, row.images)) for row in evaluations]
+        if best is not None and best.hits > max((row.hits for row in evaluations), default=0):
+            note = ", picked on the test split: no fair figure" if best.split == "test" else ""
+            rows.append((f"best, at step {best.step}{note}", counted(best.hits, best.images)))
+        look = ("look at it", f"dtrain eval {shlex.quote(shown(run))}")
+        self.table("finished", [*rows, *_where(seconds, run), look])
+
+    def stopped(self, seconds: Mapping[str, float], run: Path, again: str) -> None:
+        """The table of a run that has stopped. again: the command that continues it."""
+        self.table("stopped", [*_where(seconds, run), ("to go on", again)])
+
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print two columns under a title."""
         for line in (f"\n{title}", *(f"  {line}" for line in aligned(rows))):
@@ -112,6 +129,11 @@ def aligned(rows: Iterable[Sequence[Any]]) -> list[str]:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def _where(seconds: Mapping[str, float], run: Path) -> list[tuple[str, str]]:
+    times = ", ".join(f"{kind} {span(value)}" for kind, value in seconds.items())
+    return [("time", times), ("run directory", shown(run))]
 
 
 def three_ways(rows: Iterable[tuple[str, Any, Any, Any]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dtrain import plugins
 from dtrain.errors import DataError, StorageError, UsageError, exit_code_of
+from dtrain.run import checkpoint
 from dtrain.run.console import Console, three_ways
 from dtrain.run.rows import EventClock, EventRow, Row
 from dtrain.run.rundir import (
@@ -25,7 +26,6 @@ from dtrain.run.rundir import (
 )
 from dtrain.run.tracking import Tracking
 
-WHERE = ("output", "name", "resume", "recipe")  # settings that say how a run is found and are no part of it
 HELD_ROWS = 10_000  # most rows, some megabytes, that wait in memory while the disk is full
 
 
@@ -70,6 +70,50 @@ class Recorder:
         if self.folder is not None:
             self._write_held()
             self.folder.sync()
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, checkpoint.Tensors],
+        counts: Mapping[str, Any],
+        about: Mapping[str, Any],
+        *,
+        keep: int,
+        best: int | None,
+    ) -> str | None:
+        """Write the checkpoint of `step`, and remove the old ones but the best and `keep` others.
+
+        Returns a line of warning where that went wrong after the checkpoint was written, else None. Raises what
+        `checkpoint.save` raises.
+        """
+        if self.folder is None:
+            return None
+        self.flush()
+        path = checkpoint.save(self.folder.checkpoints, step, parts, counts, about)
+        self.event("save", step)
+        try:
+            checkpoint.prune(self.folder.checkpoints, keep=keep, best=best)
+            self.update(step=step, last_checkpoint=path.name)
+        except StorageError as error:
+            return f"saved, but: {error}"
+        return None
+
+    def newest(self, resume: str) -> checkpoint.Found:
+        """The checkpoint to go on from: the newest that is sound, or the one whose path `--resume` gives.
+
+        Newer ones than that are set aside, and so are damaged ones, which are told. None for `--resume none`.
+        """
+        if self.folder is None or resume == "none":
+            return checkpoint.Found(None, [])
+        asked = Path(resume)
+        if asked.parent.name == checkpoint.FOLDER:
+            checkpoint.undo_after(asked)
+        return checkpoint.newest(self.folder.checkpoints)
+
+    def cut_back(self, step: int, *, evaluated: bool) -> None:
+        """Drop the rows after `step`, which will be computed again; see `RunDir.cut_back`."""
+        if self.folder is not None:
+            self.folder.cut_back(step, evaluated=evaluated)
 
     def event(self, name: str, step: int, *, processes: int | None = None, reason: str | None = None) -> None:
         """Add an event row: start and resume with `processes`, save, stop with `reason`, or finish."""
