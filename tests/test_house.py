@@ -236,3 +236,15 @@ def test_sizes_are_looked_at_not_enforced(capsys: pytest.CaptureFixture[str]) ->
                     long.append(f"{name}: {node.name} has {length} lines")
     with capsys.disabled():
         print("".join(f"\nto look at: {finding}" for finding in long), end="\n" if long else "")
+
+
+def test_the_whole_config_is_a_parameter_in_assembly_training_and_commands_alone() -> None:
+    takers = set()
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if any(a.annotation is not None and "TrainConfig" in ast.unparse(a.annotation) for a in arguments):
+                    takers.add(module)
+    allowed = {"dtrain.assembly", "dtrain.training", "dtrain.settings.identity"}
+    assert {module for module in takers if not module.startswith("dtrain.commands.")} <= allowed

@@ -115,7 +115,7 @@ def test_its_training_commands_run(ranks: Warm, tmp_path: Path, monkeypatch: pyt
 def test_its_proofs_hold(ranks: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     proofs = [line[1:] for line in commands("dtrain") if line[1] == "prove"]
-    assert len(proofs) == 2
+    assert len(proofs) == 3
     for words in proofs:
         result = ranks(words, world=1, timeout=280)[0]
         assert result.code == 0, result.err
