@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a machine with a CUDA GPU can check, in about four minutes; run it from the root of a checkout.
+# Everything that only a machine with a CUDA GPU can check, in about six minutes; run it from the root of a checkout.
 # dtrain need not be installed: this writes the metadata in which Python finds the plugins. PYTHON chooses the interpreter.
 # Each check prints its exit code; the script ends with the number of those that failed.
 set -u
@@ -35,8 +35,12 @@ check "skip" 60 "${train[@]}" --steps 40 --on-nonfinite skip --output "$folder/s
 check "muon" 60 "${train[@]}" --opt muon --lr 0.02 --clip-grad 5 --steps 40 --output "$folder/muon"
 check "resume" 120 "$python" -m dtrain prove resume --stops 2 -- --device cuda --deterministic --dataset digits \
     --arch allcnn_c --steps 40
+check "resume with stages and freezing" 150 "$python" -m dtrain prove resume --stops 2 -- --device cuda --dataset digits \
+    --arch allcnn_c --batch-size 32,96@1 --image-size 16,32@1 --epochs 2 --freeze 'layers.0.*@1' --ema 0.9
+check "compiled" 120 "${train[@]}" --steps 20 --compile --output "$folder/compiled"
 for arch in allcnn_c resnet18; do
     check "speed of $arch" 60 "$python" -m dtrain train --device cuda --dataset synthetic --recipe none --arch $arch \
         --batch-size 512 --steps 300 --lr 0.01 --flip --shift 2 --log-interval 50 --eval-every end --output "$folder/$arch"
+    check "bare loop of $arch" 60 "$python" -m dtrain_bench.bare_gpu $arch 512 300
 done
 exit "$failed"

@@ -19,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest-xdist's workers by itself, since numba's index may lose track of two that are saved at once
     cache = Path(str(config.rootpath)) / ".pytest_cache" / "numba"
     os.environ["NUMBA_CACHE_DIR"] = str(cache / os.environ.get("PYTEST_XDIST_WORKER", "gw0"))
+    # where there is a GPU, `auto` would take it, and tests that claim something of a CPU would fail
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # torch sets it when an optimizer is first built; here, so that no test is blamed for it
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.with_name("inductor")))
 

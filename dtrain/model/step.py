@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,6 +175,17 @@ def _apply(learner: Learner, clip_grad: float | None) -> None:
         learner.ema.update()
 
 
+@contextlib.contextmanager
+def _steady_kernels() -> Iterator[None]:
+    """cuDNN's kernels by rule inside, and not by timing them, so that counts do not change from run to run."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 @torch.no_grad()
 def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Evaluate `module`, the network's own or its EMA, which the caller has put into evaluation mode, on one batch.
@@ -181,7 +193,7 @@ def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor
     Returns the batch's sums, int64 [7], and for each image whether its class had the largest logit, bool [N], both on
     the device. No collective, no host sync.
     """
-    with network.autocast():
+    with _steady_kernels(), network.autocast():
         output = module(batch.images)
     losses_N, logits_NK = loss_of(output, batch.labels, 0.0)
     right_N = logits_NK.argmax(1) == batch.labels
