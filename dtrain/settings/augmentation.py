@@ -32,7 +32,9 @@ class Augmentation(Panel):
         at_least(0),
     )
     cutout: int = setting(
-        0, "cutout: side in pixels of a square at a random place that is set to the mean; 0 for none", at_least(0)
+        0,
+        "cutout: side in pixels of a square at a random place that is set to the mean colour; 0 for none",
+        at_least(0),
     )
     scale: tuple[float, ...] | None = setting(
         None,
@@ -63,7 +65,7 @@ class Augmentation(Panel):
     )
     erase: float = setting(
         0.0,
-        "random erasing: probability that a rectangle of 2 to 33 % of an image is set to the mean",
+        "random erasing: probability that a rectangle of 2 to 33 % of an image is set to the mean colour",
         within("[0, 1]"),
     )
     mixup: float = setting(

@@ -22,7 +22,7 @@ def results(config: TrainConfig) -> dict[str, Any]:
     """The settings that determine the results and differ from their defaults, as JSON values.
 
     A new setting whose default keeps the behaviour from before it existed changes nothing here. So the same
-    command finds its run again after an upgrade; tests/test_settings.py pins the names of ten commands.
+    command finds its run again after an upgrade; tests/test_identity.py pins the names of ten commands.
     """
     return {
         name: plain(config.value(name))
