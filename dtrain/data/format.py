@@ -1,8 +1,8 @@
 """The file format of FFCV 1.0.2 (format version 2) as numpy types, and the check of every file before it is used.
 
 A file consists of the header; a descriptor for each field; a record for each sample (its label, and the mode, width,
-height and position of its pixels); pages that hold pixels or JPEG files; and the table of allocations. Damage that is
-refused here makes FFCV itself crash, wait for ever or return wrong pixels.
+height and position of its pixels); pages that hold pixels or JPEG files; and the table of allocations. The check is
+needed because a damaged file makes FFCV itself crash, wait for ever or return wrong pixels.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def map_file(path: Path) -> Flat:
 
 
 def checked(path: Path, todo: str) -> Content:
-    """The content of a file; see `content_of`. Raises DataError with the reason, and with `todo` as the advice."""
+    """The content of a file; see `content_of`. Raises DataError with the reason, and `todo` as what the user can do."""
     try:
         return content_of(map_file(path))
     except OSError as error:
