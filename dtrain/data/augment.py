@@ -41,7 +41,7 @@ Table = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
 
-ONE = 1 << 16  # the fraction 1 in the fixed-point numbers of maps, factors and shares
+ONE = 1 << 16  # the number 1 in the fixed-point numbers of maps, factors and weights
 SHAPES = (3 / 4, 4 / 3)  # width over height of a random resized crop, as in Szegedy et al. 2015
 ERASED_AREAS, ERASED_SHAPES = (0.02, 1 / 3), (0.3, 10 / 3)  # Zhong et al. 2017, "Random Erasing", as in torchvision
 QUANTILES = 4096  # number of different values that the blending weight of mixup and cutmix may take
@@ -342,7 +342,7 @@ def _erase(augmentation: Augmentation, whether: Draws, where: Draws) -> Table:
     return np.where(asked[:, None], rectangles, 0).astype(np.int32)
 
 
-# To add an augmentation, add its setting and its record, and if it needs a kernel, that to pixels.py. Records are
+# To add an augmentation, add its setting, its record here, and its kernel, if it needs one, in pixels.py. Records are
 # carried out in this order, and checksums cover their tables in this order: add records, but never reorder them.
 RECORDS = (
     Record("crop", (), (Stream.CROP,), Place.MOVE, _crop),

@@ -78,8 +78,8 @@ def prepare(
         while not all(path.exists() for path in paths.values()) and not lock.acquire():
             if time.monotonic() > deadline:
                 raise ProcessError(
-                    f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s; wait for its end "
-                    "and run the same command again, or end that process"
+                    f"{lock.owner()} has been converting {folder} for over {timeout_seconds:g} s; wait until it has "
+                    "finished and run the same command again, or end that process"
                 )
             time.sleep(0.05)
     except OSError as error:
@@ -135,7 +135,7 @@ def _told(source: Source, split: str, bad: list[BadPicture]) -> Iterator[str]:
         names = _some([f"{picture.name} ({picture.reason})" for picture in bad])
         yield f"{source.name}/{split}: {len(bad)} pictures that cannot be decoded are left out: {names}"
     if split == SPLITS[0] and source.passed_by:
-        yield f"{source.name}: {len(source.passed_by)} files that are no pictures are passed by: " + _some(
+        yield f"{source.name}: {len(source.passed_by)} files that are not pictures are ignored: " + _some(
             list(source.passed_by)
         )
 

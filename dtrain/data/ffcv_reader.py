@@ -68,7 +68,8 @@ with _threads_kept(), _environment_kept(), _no_typed_dict():
     from ffcv.pipeline.compiler import Compiler
 
 
-# FFCV only decodes here, on the CPU; if it saw CUDA it would create streams on GPU 0, which may not be this process's
+# FFCV only decodes here, on the CPU. Without this line it would create CUDA streams on GPU 0, which another process may
+# own.
 epoch_iterator.IS_CUDA = False
 
 MAPPED = numba.types.Array(numba.uint8, 1, "C", readonly=True)

@@ -76,9 +76,8 @@ def content_of(flat: Flat) -> Content:
         raise ValueError("unfinished or cut short")
     records = flat[BEGIN:first].view(record)
     table = flat[table_at:].view(ALLOCATION)
-    table = table[
-        np.argsort(table["sample"], kind="stable")
-    ]  # parallel writers append to it in the order in which they finish
+    # sorted, since parallel writers append to the table in the order in which they finish
+    table = table[np.argsort(table["sample"], kind="stable")]
     image = records["image"]
     if (table["sample"] != np.arange(count)).any() or (table["position"] != image["position"]).any():
         raise ValueError("its table of samples is damaged")

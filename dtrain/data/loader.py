@@ -270,7 +270,7 @@ def _chosen(kind: str) -> tuple[OpenReader, str]:
         return MemoryReader, "memory"
     try:
         from dtrain.data.ffcv_reader import FfcvReader
-    except (ImportError, OSError) as error:  # it is not there, or a library that it needs
+    except (ImportError, OSError) as error:  # FFCV, or a library that it needs, is not installed
         if kind == "ffcv":
             raise UsageError(
                 f"--loader ffcv: FFCV cannot be imported ({error}); pip install 'dtrain[ffcv]', or use --loader memory"

@@ -59,7 +59,7 @@ def upsample(image: Pixels) -> Pixels:
     wide = image.astype(np.int64)
     wide = wide[:, left] * (8 - weight) + wide[:, right] * weight
     full = wide[left] * (8 - weight)[:, None] + wide[right] * weight[:, None]
-    return gray(((full * 255 + 512) // 1024).astype(np.uint8))  # 1024 = 16 levels x 8 x 8
+    return gray(((full * 255 + 512) // 1024).astype(np.uint8))  # 1024 = 16 (the largest value) x 8 x 8 (the weights)
 
 
 SYNTHETIC_SIZES = {"train": 2000, "test": 400}

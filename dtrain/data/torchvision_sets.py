@@ -107,14 +107,16 @@ def fetch(target: Path, make: Callable[[Path], Path], looked: str) -> Path:
         deadline = time.monotonic() + DOWNLOAD_SECONDS
         while not lock.acquire():
             if time.monotonic() > deadline:
-                raise ProcessError(f"{looked}; {lock.owner()} is downloading it for over {DOWNLOAD_SECONDS:g} s")
+                raise ProcessError(f"{looked}; {lock.owner()} has been downloading it for over {DOWNLOAD_SECONDS:g} s")
             time.sleep(0.05)
         if not target.is_dir():
             with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as part:
                 make(Path(part)).rename(target)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{looked}, and no download ({reason}); --dataset digits needs neither") from error
+        raise DataError(
+            f"{looked}, and the download failed ({reason}); try again, or --dataset digits, which needs no download"
+        ) from error
     finally:
         lock.release()
     return target

@@ -28,7 +28,7 @@ from dtrain.errors import PluginError, UsageError, nearest
 Role = Literal["filter", "head", "embedding", "vector"]
 FOREVER = math.inf  # the epoch of what is frozen for the whole run
 NAMED = 3  # the most parameters that a line of `group_rows` lists by name
-MATCH_PREVIOUS = 99999  # timm's mark in a group_matcher: this belongs to the layer before it
+MATCH_PREVIOUS = 99999  # timm's suffix in a group_matcher for what belongs to the layer before it
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ def frozen_until(patterns: Sequence[str], module: nn.Module) -> dict[str, float]
             until[name] = max(until.get(name, 0.0), int(epoch) if at else FOREVER)
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     if until and all(name in until for name in trained):
-        raise UsageError(f"--freeze {','.join(patterns)}: no parameter is left to be trained from the start; give less")
+        raise UsageError(
+            f"--freeze {','.join(patterns)}: no parameter is left to be trained from the start; freeze fewer"
+        )
     return until
 
 

@@ -106,8 +106,8 @@ def mode_told(module: nn.Module, arch: str) -> str | None:
     if module.training:
         return None
     return (
-        f"architecture {arch} returns its network in evaluation mode: batch norm and dropout stay frozen as they are; "
-        "call .train() in the builder unless that is meant"
+        f"architecture {arch} returns its network in evaluation mode, which training keeps: batch-norm statistics are "
+        "not updated and dropout is off; call .train() in its function unless that is intended"
     )
 
 

@@ -63,9 +63,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> lis
                 found.append(value)
             elif value is not None:
                 raise UsageError(
-                    f"--on-nonfinite skip: {type(optimizer).__name__} keeps {key!r} on the host, which cannot be taken "
-                    "back without waiting for the device; give --opt-opt fused=true if it takes that, or "
-                    "--on-nonfinite stop"
+                    f"--on-nonfinite skip: {type(optimizer).__name__} keeps {key!r} on the host, where it cannot be "
+                    "restored without waiting for the device; give --opt-opt fused=true if the optimizer has that "
+                    "option, or --on-nonfinite stop"
                 )
     return found
 

@@ -184,7 +184,7 @@ def load(source: Path | Mapping[str, bytes]) -> Checkpoint:
     manifest = _manifest(files)
     for name, told in _listed_files(manifest, {name: len(content) for name, content in files.items()}).items():
         if hashlib.sha256(files[name]).hexdigest() != told["sha256"]:
-            raise DamagedError(f"{name} does not have the SHA-256 that {MANIFEST} tells")
+            raise DamagedError(f"{name} does not have the SHA-256 in {MANIFEST}")
     parts = {name.removesuffix(TENSORS): _parse(name, files[name]) for name in files if name.endswith(TENSORS)}
     return Checkpoint(manifest["step"], parts, _object(STATE, files[STATE]), manifest["about"])
 
@@ -220,7 +220,7 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
         )
     shape = {"format": int, "step": int, "files": dict, "about": dict}
     if {key: type(value) for key, value in manifest.items()} != shape:
-        raise DamagedError(f"{MANIFEST} does not hold what a manifest holds")
+        raise DamagedError(f"{MANIFEST} does not have the entries of a manifest")
     return manifest
 
 
@@ -231,11 +231,11 @@ def _listed_files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> dict
         if name != STATE and not (name.endswith(TENSORS) and _PART.fullmatch(name.removesuffix(TENSORS))):
             raise DamagedError(f"{MANIFEST} lists {name!r}, which is no file of a checkpoint")
         if not isinstance(told, dict) or told.keys() != {"size", "sha256"}:
-            raise DamagedError(f"{MANIFEST} does not tell size and SHA-256 of {name}")
+            raise DamagedError(f"{MANIFEST} does not give the size and SHA-256 of {name}")
         if name not in sizes:
             raise DamagedError(f"{name} is missing")
         if sizes[name] != told["size"]:
-            raise DamagedError(f"{name} has {sizes[name]} bytes, {MANIFEST} tells {told['size']}")
+            raise DamagedError(f"{name} has {sizes[name]} bytes, but {MANIFEST} says {told['size']}")
     if unknown := sorted(sizes.keys() - files.keys() - {MANIFEST}):
         raise DamagedError(f"{unknown[0]!r} is not in {MANIFEST}")
     if STATE not in files:

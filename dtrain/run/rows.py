@@ -78,8 +78,8 @@ class EvalRow(_Row):
     samples: int
     split: str  # "test" or "val"
     weights: str  # "raw" or "ema"
-    hits: int  # images whose class came first
-    hits5: int  # images whose class came among the first five
+    hits: int  # images whose class has the largest logit (top-1)
+    hits5: int  # images whose class is among the five largest logits (top-5)
     images: int
     loss: float
     nonfinite_losses: int  # images that are not in the mean loss

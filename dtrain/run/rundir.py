@@ -158,7 +158,7 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def _told(path: Path, advice: str = "free some space, or see who may write there") -> Iterator[None]:
+def _told(path: Path, advice: str = "free some space, or check the permissions") -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -195,7 +195,7 @@ def _lines(run: Path) -> list[tuple[bytes, Row | None]]:
             damaged = damaged or number
             continue
         if damaged is not None:  # not an incomplete end of the file, since a row follows
-            raise StorageError(f"line {damaged} of {path} is not a row; mend or remove it")
+            raise StorageError(f"line {damaged} of {path} is not a row; repair or remove it")
         found.append((line, row))
     return found
 

@@ -123,8 +123,8 @@ class Tracking:
         state = State.read(folder_of(self._run, name))
         if state.held >= self._last:
             return f"{name}: {state.where or 'there was nothing to send'}", False
-        reason = state.error or self._failed.get(name, "not all rows are there")
-        return f"{name}: {reason}; nothing is lost: dtrain sync {shown(self._run)} sends what is missing there", True
+        reason = state.error or self._failed.get(name, "it does not have all rows yet")
+        return f"{name}: {reason}; nothing is lost: dtrain sync {shown(self._run)} sends the missing rows", True
 
 
 def _command(run: Path, name: str, how: str) -> list[str]:

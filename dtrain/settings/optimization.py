@@ -75,7 +75,7 @@ class Optimization(Panel):
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop",
         "what to do if a loss is not finite: stop ends the run; skip leaves the update of that step out on every "
-        "process, also if only its gradient is not finite, and ends the run after 20 skipped steps in a row",
+        "process, also if only its gradient is not finite, until 20 skipped steps in a row end the run",
     )
     grad_accum_steps: int = setting(
         1,
