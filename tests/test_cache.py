@@ -64,7 +64,7 @@ def test_a_bad_picture_can_be_left_out_counted_listed_and_told(tmp_path: Path) -
     assert [line for step in steps for line in step.told] == [
         "pets/train: 2 pictures that cannot be decoded are left out: train/3.png (image file is truncated), "
         "train/5.png (image file is truncated)",
-        "pets: 1 files that are no pictures are passed by: a/b.txt",
+        "pets: 1 files that are not pictures are ignored: a/b.txt",
     ]
 
 
@@ -251,7 +251,7 @@ def test_a_process_that_waits_too_long_names_the_one_that_converts(tmp_path: Pat
     (folder / "train.beton").unlink()
     lock = Lock(folder / "lock")
     assert lock.acquire()
-    with pytest.raises(ProcessError, match=rf"is being converted by .* process {os.getpid()} for over 0\.1 s"):
+    with pytest.raises(ProcessError, match=rf"process {os.getpid()} has been converting .* for over 0\.1 s"):
         finished(prepare("digits", tmp_path, tmp_path, timeout_seconds=0.1))
     lock.release()
 

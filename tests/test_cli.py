@@ -73,15 +73,15 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
     "words",
     [
         "--lr X peak learning rate; it is not rescaled with the batch size",
-        "--batch-size -b N images in one step, over all processes together; 64,640@200 changes it at epoch 200",
+        "--batch-size -b N images in one step, over all processes together; 64,640@200 means 64 at first and 640 from "
+        "epoch 200 on, counted from 0 [default: 128]",
         "--epochs X passes over the training set; fractions such as 2.5 are allowed [default: 10]",
         "--dist-timeout X seconds after which a process that does not answer is given up and the run ends",
         "--nproc N processes on this machine, as torchrun starts them [default: 1]",
         "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
-        "--amp-dtype TEXT type of the arithmetic under autocast; the weights stay float32; one of auto, float32, "
-        "bfloat16, float16",
+        "--amp-dtype TEXT data type of autocast (mixed precision); the weights stay float32;",
         "--eval-every TEXT how often to evaluate: 500steps, 1epoch, or end [default: 1epoch]",
-        "--track NAME,NAME trackers that the curves are sent to, comma-separated, such as wandb,tensorboard,csv",
+        "--track NAME,NAME trackers that the metrics are sent to, comma-separated, such as wandb,tensorboard,csv",
         "--flip --no-flip random horizontal flip of half of the images [default: no]",
     ],
 )

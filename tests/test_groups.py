@@ -186,7 +186,7 @@ def test_patterns_freeze_for_good_or_until_an_epoch(text: str, wanted: dict[str,
         ("stam.*", "--freeze stam.*: matches no parameter of this network; did you mean 'stem.*'?"),
         ("stem.*@soon", "--freeze stem.*@soon: give PATTERN, or PATTERN@EPOCH with an epoch from 1 up: stem.*@3"),
         ("stem.*@0", "--freeze stem.*@0: give PATTERN, or PATTERN@EPOCH"),
-        ("*@3", "--freeze *@3: no parameter is left to be trained from the start; give less"),
+        ("*@3", "--freeze *@3: no parameter is left to be trained from the start; freeze fewer"),
     ],
 )
 def test_what_cannot_be_frozen_is_told(text: str, message: str) -> None:

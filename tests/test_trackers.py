@@ -243,7 +243,7 @@ def test_without_a_key_wandb_works_offline_and_its_folder_holds_every_row(
     ((line, fell_short),) = session(folder, ["wandb"], [train_row(10), train_row(20), eval_row(20)], "finished", 0)
     assert fell_short
     assert "wandb: it works offline: No API key configured" in line
-    assert line.endswith(f"dtrain sync {folder.path} sends what is missing there")
+    assert line.endswith(f"dtrain sync {folder.path} sends the missing rows")
     (offline,) = (folder.path / "trackers" / "wandb").glob("offline-run-*")
     with serving() as server:
         env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.base_url}

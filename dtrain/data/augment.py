@@ -1,26 +1,26 @@
-"""What happens to a training image: decided here by keys, as small tables of integers, and carried out by `pixels.py`.
+"""The augmentation of training images: it is decided here, as small tables of integers, and carried out by `pixels.py`.
 
-Each augmentation is one record in RECORDS, at the end of this file. The order of operations is fixed:
+Every random number is a hash of seed, epoch and sample (dtrain.keyed), so no generator has a state. Each augmentation
+is one record in RECORDS, at the end of this file. The order of operations is fixed:
 
-1. The part of the stored picture that is shown: a box whose area and shape --scale draws, or else a crop of the size
-   that comes out.
-2. An affine map about the middle of that part: rotation, translation, scale and shear.
+1. The crop out of the stored picture: with --scale a box of random area and shape, else a square of the image size.
+2. An affine map about the middle of the crop: rotation, translation, scale and shear.
 3. A shift.
 4. A flip, left to right.
-5. Gray, where the network sees one channel.
+5. Conversion to gray, where the network is given one channel.
 6. Changes of the bytes: jitter (brightness, then contrast, then saturation), then mixing with the partner. Positions
    2i and 2i + 1 of the global batch are partners.
 7. Shrinking of the whole picture, where a stage of the run trains on smaller images.
 8. Normalisation.
 9. Rectangles that are set to the mean: the cutout, then the erased ones.
 
-Steps 1 to 4 are carried out as one map from the pixels that come out to places in the stored picture; a place between
-pixels is a bilinear mix of its neighbours. Where a shift or a rotation looks beyond the part that is shown, it sees
-what is stored there, and black outside of the picture. Up to step 7 all arithmetic is done on integers, so every
-implementation gives equal bits; what has to be computed in floating point (roots, cosines, quantiles) is rounded to
-integers here. Decisions are drawn at the full image size, so they do not depend on the stage.
+Steps 1 to 4 are carried out as one map from the pixels of the output to places in the stored picture; between stored
+pixels, values are interpolated bilinearly. Where a shift or a rotation reaches beyond the crop, the stored pixels there
+are used, and black outside of the stored picture. Up to step 7 all arithmetic is done on integers, so every
+implementation gives the same bits; what has to be computed in floating point (roots, cosines, quantiles) is rounded to
+integers here. Decisions are drawn at the full image size, so they do not depend on the stage of the run.
 
-Legend: n images; S the side of an image that comes out before it is shrunk; ONE = 2^16 stands for the fraction 1.
+Legend: n images; S the side of an output image before it is shrunk; ONE = 2^16 stands for 1 in fixed-point numbers.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ Table = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
 
-ONE = 1 << 16  # the fraction 1 in the fixed-point numbers of maps, factors and shares
-SHAPES = (3 / 4, 4 / 3)  # width over height of the part that is shown, as in Szegedy et al. 2015
+ONE = 1 << 16  # the number 1 in the fixed-point numbers of maps, factors and weights
+SHAPES = (3 / 4, 4 / 3)  # width over height of a random resized crop, as in Szegedy et al. 2015
 ERASED_AREAS, ERASED_SHAPES = (0.02, 1 / 3), (0.3, 10 / 3)  # Zhong et al. 2017, "Random Erasing", as in torchvision
-QUANTILES = 4096  # how many values the share of a mixture may take
+QUANTILES = 4096  # number of different values that the blending weight of mixup and cutmix may take
 
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """All that is decided for n images.
+    """All augmentation decisions for n images.
 
-    moves: int32 [n, 5] of flip (0 or 1), dy, dx and the cutout's top and left edge; dy and dx say where in the stored
-    picture the first row and column come from. cutout: side of the square in pixels, 0 for none.
+    moves: int32 [n, 5] of flip (0 or 1), dy, dx and the cutout's top and left edge; dy and dx are the row and the
+    column of the stored picture that the output begins with. cutout: side of the square in pixels, 0 for none.
     maps: int64 [n, 6] of xx, xy, x0, yx, yy, y0 in units of 1 / ONE, which replace flip, dy and dx: pixel (x, y) shows
     what is stored at (xx x + xy y + x0, yx x + yy y + y0). None where moves by whole pixels are enough.
-    tables: the tables of all other augmentations that are asked for, [n, ...], by the name of the record.
+    tables: the decisions of all other augmentations in use, [n, ...] each, by the name of the record.
     """
 
     moves: npt.NDArray[np.int32]
@@ -101,12 +101,12 @@ class Draws:
         return uniforms(key(self.seed, self.stream, self.epoch, self.samples, np.arange(count)[:, None]))
 
     def of_pairs(self) -> Draws:
-        """The same for pairs of partners: the first of each draws for both."""
+        """The draws for pairs of partners: both take the random numbers of the first one."""
         return replace(self, samples=self.samples[::2])
 
 
 class Place(Enum):
-    """Where an augmentation stands in the order above, and thus what its decision function returns for n images."""
+    """At which point of the order above an augmentation acts; this determines what its decision function returns."""
 
     MOVE = "one of the moves that `decide` and the fast kernel know; a new geometric augmentation is an affine map"
     AFFINE = "an affine map about the middle: inverse matrices [2, 2, n] and translations [2, n], as x, y"
@@ -116,13 +116,13 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Record:
-    """One augmentation, all in one place.
+    """All facts about one augmentation.
 
-    name: key of its table in `Decisions.tables`. settings: the attributes of `Augmentation` that ask for it; without
-    any it always takes part. streams: the random streams that it draws from and nobody else does. decide(augmentation,
-    *draws): its decision, with one `Draws` for each stream. place: see Place; records of one place are carried out in
-    the order of RECORDS. kernel: for Place.BYTES, the name of its function in `pixels.py`, so that deciding does not
-    import the compiler.
+    name: key of its table in `Decisions.tables`. settings: the attributes of `Augmentation` that switch it on; if there
+    are none, it is always on. streams: the random streams that this augmentation alone draws from.
+    decide(augmentation, *draws): computes its decision, from one `Draws` for each stream. place: see Place; records of
+    one place are carried out in the order of RECORDS. kernel: for Place.BYTES, the name of its function in `pixels.py`;
+    it is only named here, so that this file need not import numba.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Record:
     kernel: str = ""
 
     def is_asked(self, augmentation: Augmentation) -> bool:
-        """Whether it takes part under these settings."""
+        """Whether these settings switch the augmentation on."""
         return not self.settings or any(getattr(augmentation, name) for name in self.settings)
 
 
@@ -167,14 +167,16 @@ def decide(
 
 
 def undecided(count: int, size: int, stored: int) -> Decisions:
-    """What an evaluation does to `count` images: it takes the middle of each stored picture and changes nothing."""
+    """The decisions for `count` images of an evaluation: a crop in the middle of the stored picture, and no more."""
     moves = np.zeros((count, 5), dtype=np.int32)
     moves[:, 1:3] = (stored - size) // 2
     return Decisions(moves)
 
 
 def mixed_labels(labels: Indices, mixtures: Indices, classes: int) -> npt.NDArray[np.float32]:
-    """Shares of the classes, float32 [n, K], each row adding up to exactly 1: the own class, and the partner's class.
+    """Labels of mixed images, float32 [n, K]: the weights of the image's own class and of its partner's class.
+
+    Each row adds up to exactly 1.
 
     labels: int64 [n]. mixtures: the table of the record "mix".
     """
@@ -189,7 +191,7 @@ def mixed_labels(labels: Indices, mixtures: Indices, classes: int) -> npt.NDArra
 
 
 def _crop(augmentation: Augmentation, draws: Draws) -> Indices:
-    """Top and left edge of a crop in a larger stored picture, int64 [n, 2]; 0 where --scale chooses the part."""
+    """Top and left edge of a crop in a larger stored picture, int64 [n, 2]; 0 where --scale draws the crop."""
     room = 0 if augmentation.scale else draws.stored - draws.size
     if not room:
         return np.zeros((len(draws.samples), 2), dtype=np.int64)
@@ -211,7 +213,7 @@ def _flip(augmentation: Augmentation, draws: Draws) -> Indices:
 
 
 def _affine(augmentation: Augmentation, draws: Draws) -> tuple[Reals, Reals]:
-    """From where an affine map takes its pixels, about the middle: see Place.AFFINE.
+    """Affine maps about the middle, as inverse matrices and translations: see Place.AFFINE.
 
     The picture is sheared along its rows, scaled by a factor about 1, rotated (clockwise if positive) and moved.
     """
@@ -224,9 +226,10 @@ def _affine(augmentation: Augmentation, draws: Draws) -> tuple[Reals, Reals]:
 
 
 def _maps(boxes: Indices, affine: list[tuple[Reals, Reals]], shift: Indices, flip: Table, size: int) -> Indices:
-    """Flip, shift, affine maps and box as one map from the pixels that come out to the stored picture; see Decisions.
+    """Flip, shift, affine maps and crop as one map from output pixels to places in the stored picture; see Decisions.
 
-    It is taken from the middle of what comes out to the middle of the box, where fractions of whole numbers are exact.
+    The map is computed about the middle of the output and the middle of the crop: both are multiples of 1/2, which
+    floating point holds exactly.
     """
     top, left, height, width = boxes.T
     dy, dx = shift.T
@@ -244,7 +247,7 @@ def _maps(boxes: Indices, affine: list[tuple[Reals, Reals]], shift: Indices, fli
 
 
 def _after(first: tuple[Reals, Reals], second: tuple[Reals, Reals]) -> tuple[Reals, Reals]:
-    """Two affine maps as one: the first one's result is what the second one takes its pixels from."""
+    """Two affine maps as one: the second is applied to the result of the first."""
     (inverse, moved), (next_inverse, next_moved) = first, second
     # a point p comes from inverse (next_inverse (p - next_moved) - moved)
     back = np.linalg.inv(next_inverse.transpose(2, 0, 1)).transpose(1, 2, 0)
@@ -254,9 +257,9 @@ def _after(first: tuple[Reals, Reals], second: tuple[Reals, Reals]) -> tuple[Rea
 def _rectangles(draws: Draws, side: int, areas: Any, shapes: tuple[float, float]) -> Indices:
     """Rectangles in a square of `side` pixels: int64 [n, 4] of top, left, height, width.
 
-    areas: least and greatest fraction of the square, drawn uniformly. shapes: width over height, uniform in the
-    logarithm among those that fit into the square at that area; so no draw is ever rejected and areas stay as asked.
-    Every position is equally likely.
+    areas: smallest and largest area as fractions of the square; drawn uniformly. shapes: smallest and largest width
+    over height; drawn uniformly in the logarithm, among those that fit into the square at that area, so no draw is ever
+    rejected and the distribution of areas is exact. Every position is equally likely.
     """
     u_area, u_shape, u_top, u_left = draws.uniforms(4)
     area = areas[0] + (areas[1] - areas[0]) * u_area
@@ -278,12 +281,13 @@ def _jitter(augmentation: Augmentation, draws: Draws) -> Table:
 
 
 def _mix(augmentation: Augmentation, draws: Draws) -> Indices:
-    """Mixtures, int64 [n, 6]: the partner's sample number, the own share in units of 1 / ONE, and top, left, height,
-    width of the rectangle that is cut out of the partner (height 0: the two are blended).
+    """What mixup and cutmix do to each image, int64 [n, 6].
 
-    Both of a pair have the same share and rectangle. mixup (Zhang et al. 2018) draws the share; cutmix (Yun et al.
-    2019) draws a square of that area about any pixel, of which what lies outside is lost. Where both are asked for,
-    each has half of the pairs.
+    The columns: the partner's sample number; the weight of the image's own label in units of 1 / ONE; top, left, height
+    and width of the rectangle that is taken from the partner (cutmix), or height 0 (mixup, which blends the two).
+    Both images of a pair have the same weight and rectangle. mixup (Zhang et al. 2018) draws the weight; cutmix (Yun et
+    al. 2019) draws the area of a square about a random pixel, and the part outside of the image is cut off. With both
+    switched on, each pair gets one of the two with equal probability.
     """
     pairs, size, samples = draws.of_pairs(), draws.size, draws.samples
     cut = np.full(len(pairs.samples), augmentation.cutmix > 0)
@@ -310,9 +314,10 @@ def _mix(augmentation: Augmentation, draws: Draws) -> Indices:
 def beta_quantiles(alpha: float) -> Indices:
     """QUANTILES equally likely values of Beta(alpha, alpha), ascending, in units of 1 / ONE; alpha in (0, 100].
 
-    With this table one key is one draw: no generator and no rejection.
+    A random entry of this table is a draw from the distribution, which needs one random number and no rejection.
     """
-    # the lower half by the midpoint rule, over u with x = u^(1 / e), which removes the pole at 0; the rest mirrored
+    # The density is integrated from 0 to 1/2 by the midpoint rule, after the substitution x = u^(1 / e), which removes
+    # its pole at 0. The upper half of the table is the mirror image of the lower half.
     e = min(alpha, 1.0)
     edges = np.linspace(0, 0.5**e, 1 + 2**14)
     x = ((edges[1:] + edges[:-1]) / 2) ** (1 / e)
@@ -326,7 +331,7 @@ def beta_quantiles(alpha: float) -> Indices:
 
 
 def _cutout(augmentation: Augmentation, draws: Draws) -> Indices:
-    """Top and left edge of the square, int64 [n, 2]; it lies inside of the image."""
+    """Top and left edge of the cutout's square, int64 [n, 2]; the square lies inside of the image."""
     places = max(1, draws.size - augmentation.cutout + 1)
     return np.stack([draws.integers(axis, places) for axis in (0, 1)], axis=1)
 
@@ -337,7 +342,7 @@ def _erase(augmentation: Augmentation, whether: Draws, where: Draws) -> Table:
     return np.where(asked[:, None], rectangles, 0).astype(np.int32)
 
 
-# To add an augmentation, add its setting and its record; a kernel, where it needs one, goes into pixels.py. Records are
+# To add an augmentation, add its setting, its record here, and its kernel, if it needs one, in pixels.py. Records are
 # carried out in this order, and checksums cover their tables in this order: add records, but never reorder them.
 RECORDS = (
     Record("crop", (), (Stream.CROP,), Place.MOVE, _crop),

@@ -23,8 +23,9 @@ class Batch:
     """The images of one step, or of one chunk of an evaluation, ready for the network. The memory is never reused.
 
     images: [b, C, H, W], float32 or the autocast type, normalised; channels-last memory unless the loader was told
-    otherwise. labels: int64 [b]; where images are mixed the shares of the K classes, float32 [b, K], each row adding up
-    to 1. indices: int64 [b], the sample numbers in the file. checksum: int64 [], a hash of the indices and of every
+    otherwise. labels: class numbers, int64 [b]; or, where images are mixed, a weight for each of the K classes,
+    float32 [b, K], each row adding up to 1. indices: int64 [b], the sample numbers in the file. checksum: int64 [], a
+    hash of the indices and of every
     augmentation decision, below b x 2^32; the checksums of all processes add up to that of the global batch.
     copied: on CUDA, the event that marks the end of the copy to the device; `Loader.batch` makes the current stream
     wait for it.
@@ -39,11 +40,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch has to be made of.
+    """Which samples one batch is made of, and how.
 
-    indices: sample numbers, int64 [b]. epoch: the epoch whose augmentation is drawn; None for no augmentation.
-    image_size: side in pixels of the images that come out, to which whole pictures are shrunk; None for the loader's
-    own image size.
+    indices: sample numbers, int64 [b]. epoch: the epoch for which the augmentation is drawn; None for no augmentation.
+    image_size: side in pixels to which the images are shrunk at the end; None for the loader's own image size.
     """
 
     indices: npt.NDArray[np.int64]
@@ -52,11 +52,11 @@ class Request:
 
 
 class Reader(Protocol):
-    """The stored bytes of each batch in turn, for the sample numbers that the reader was opened with.
+    """Yields the stored bytes of one batch after the other, for the sample numbers that the reader was opened with.
 
-    A slot is (flat uint8 bytes, uint64 [b] offsets at which each image begins). It is valid until the next one is asked
-    for. A reader may use threads of its own; the order and the bytes do not depend on them, and an error in one of them
-    is raised here.
+    A slot is (flat uint8 bytes, uint64 [b] offsets at which each image begins). It is valid until the next slot is
+    requested. A reader may use threads of its own; the order and the bytes do not depend on them, and an error in one
+    of them is raised in the thread that iterates.
     """
 
     def __iter__(self) -> Iterator[Slot]:

@@ -40,7 +40,8 @@ from dtrain.files import canonical_json, sha256_of, whole_file, write_json
 FORMAT = 3  # version of the sidecar, and of all else in a conversion that a new version of dtrain may change
 RAW_LIMIT = 4 << 30  # bytes; a split whose pixels need more is stored as JPEG, others are stored raw
 JPEG_QUALITY = 95
-# weights of red, green and blue in the luma of ITU-R BT.601, in units of 2^-16 as in Pillow; the luma of gray is itself
+# weights of red, green and blue in the luma of ITU-R BT.601, in units of 2^-16 as in Pillow; they add up to 1, so the
+# luma of a gray pixel is its own value
 LUMA = (19595, 38470, 7471)
 Block = list[Pixels | BadPicture]
 STORED = {"raw": RAW, "jpeg": JPEG}
@@ -50,7 +51,7 @@ CHANGED = "leave the source as it is while it is converted, and run the command 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the conversion of one split has come, in images. told: lines to be shown to the user, each once."""
+    """How far the conversion of one split has come, in images. told: messages for the user, each given once."""
 
     split: str
     done: int
@@ -66,8 +67,8 @@ class Beton:
     labels: int64 [N]. pixel_offsets: uint64 [N], where in the file the bytes of each picture begin. mean, std: of this
     split, for each channel, in 0..1; gray_mean, gray_std: those of its luma. gray_images: how many pictures have
     R = G = B everywhere. skipped: name and reason of each picture that could not be decoded. passed_by: names of files
-    that are not pictures. sha256: of the file. digest: of all that can change a number of a run, which is the pixels,
-    the labels and these facts. source_digest: of what was converted.
+    that are not pictures. sha256: of the file. digest: a hash of all that can change the results of a run: the pixels,
+    the labels and these facts. source_digest: the digest of the source that was converted.
     """
 
     path: Path
@@ -98,10 +99,10 @@ def write_beton(
 ) -> Iterator[Progress]:
     """Write one split and its sidecar, completely or not at all; yields progress.
 
-    blocks: its pictures, uint8 [S, S, 3], in the order of the labels; a BadPicture in the place of one is left out.
-    raw_limit: bytes of pixels up to which they are stored raw. The same source gives the same bytes. Holds one page and
-    some 50 bytes a sample in memory. Raises DataError if the stream is not what the split has promised, or if a class
-    has no picture left; OSError.
+    blocks: the pictures of the split, uint8 [S, S, 3], in the order of its labels; a sample for which there is a
+    BadPicture is left out. raw_limit: the most bytes of pixels that are stored raw; larger splits are stored as JPEG.
+    The same source gives the same bytes. Holds one page and some 50 bytes a sample in memory. Raises DataError if the
+    number or the shape of the pictures is not what the split has announced, or if a class has no picture left; OSError.
     """
     listed, size, where = source.splits[split_name].labels, source.image_size, f"{source.name}/{split_name}"
     mode = RAW if len(listed) * size * size * 3 <= raw_limit else JPEG
@@ -162,7 +163,7 @@ def _check_classes(source: Source, split_name: str, listed: Any, labels: Any) ->
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    """The digest of the facts that can change a number of a run; files that are not pictures cannot."""
+    """The digest of the facts that can change the results of a run; files that are not pictures cannot."""
     beside = ("digest", "source_digest", "passed_by")
     return hashlib.sha256(canonical_json({k: v for k, v in facts.items() if k not in beside})).hexdigest()
 
@@ -174,7 +175,7 @@ def _jpeg(pixels: Pixels) -> bytes:
 
 
 class _Pages:
-    """Writes the pages of a file. Their size is a power of two, as FFCV demands; no image lies in two of them."""
+    """Writes the pages of a file. Their size is a power of two, as FFCV demands; no image is split over two pages."""
 
     def __init__(self, file: BinaryIO, head: int, largest: int) -> None:
         self.size = max(PAGE, 1 << (largest - 1).bit_length())
@@ -193,7 +194,7 @@ class _Pages:
         return at
 
     def finish(self) -> int:
-        """Write the page that has been begun; returns where in the file the pages end."""
+        """Write the last, unfinished page; returns where in the file the pages end."""
         if self._page:
             self._file.write(self._page.ljust(self.size, b"\0"))
             self._begin += self.size
@@ -202,7 +203,7 @@ class _Pages:
 
 
 class _Statistics:
-    """Counts of each value of red, green, blue and luma. They are exact, for any order and number of images."""
+    """Counts how often each value of red, green, blue and luma occurs. Exact, whatever the order of the images."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((4, 256), np.int64)
@@ -218,7 +219,7 @@ class _Statistics:
         self.gray_images += int((colours == colours[..., :1]).all((1, 2, 3)).sum())
 
     def facts(self) -> dict[str, Any]:
-        """Means and standard deviations in 0..1; the deviation is at least 1e-6, so that one can divide by it."""
+        """Means and standard deviations in 0..1; a deviation is at least 1e-6, so that one can divide by it."""
         values = np.arange(256)
         pixels = self.counts[0].sum()
         mean = self.counts @ values / pixels / 255

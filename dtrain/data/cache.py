@@ -28,10 +28,10 @@ from dtrain.files import Lock, canonical_json, remove_partials
 from dtrain.settings.data import Conversion
 
 SPLITS = ("train", "test")
-BLOCK = 16  # pictures that a thread decodes as one task: many against the overhead, few against the use of memory
+BLOCK = 16  # pictures that a thread decodes as one task: more would need more memory, fewer would add overhead
 LARGEST_POOL = 8  # threads that decode; the one thread that reads and writes cannot keep more of them busy
-NAMED = 5  # files that are named on the console
-CONVERSION_SECONDS = 3600.0  # how long a process waits for the conversion by another one
+NAMED = 5  # the most files that a message lists by name
+CONVERSION_SECONDS = 3600.0  # how long a process waits while another one converts
 
 
 def default_cache() -> Path:
@@ -50,15 +50,15 @@ def prepare(
     timeout_seconds: float = CONVERSION_SECONDS,
     raw_limit: int = RAW_LIMIT,
 ) -> Generator[Progress, None, dict[str, Beton]]:
-    """The betons of a data set by split, converted first where they are not in the cache; yields progress.
+    """The betons of a data set by split, converted first if they are not in the cache; yields progress.
 
-    options: of a named data set, as text. Any number of processes may call it at once: whoever takes the lock converts,
-    the others wait for the lock and draw no conclusion from a missing file. found: the folder that another process of
-    this host has returned for the same arguments; its betons are opened at once, and neither the source nor every byte
-    of the betons is read again. If they are not there, as where each host has a cache of its own, `found` is ignored.
+    options: of a named data set, as text. found: the folder in which another process of this host has just prepared the
+    same data set; its betons are opened at once, without reading the source or hashing the betons again. If it does not
+    exist, as where each host has a cache of its own, `found` is ignored.
+    Any number of processes may call this at the same time: the one that takes the lock converts, the others wait.
     Raises DataError, UsageError, StorageError (a cache that cannot be written), ProcessError if another process holds
-    the lock longer than `timeout_seconds`. Costs, once, a walk or hash of the source; the conversion; a hash of the
-    betons after they have changed.
+    the lock longer than `timeout_seconds`. Cost: the first call converts. Every call lists the files of a folder; a tar
+    and the betons are hashed only if they have changed since the last call.
     """
     if found is not None and all(path.exists() for path in _paths(found).values()):
         return {split: open_beton(path, verify=False) for split, path in _paths(found).items()}
@@ -73,13 +73,13 @@ def prepare(
         paths = _paths(folder)
         lock = Lock(folder / "lock")
         deadline = time.monotonic() + timeout_seconds
-        # a beton appears under its name only when it is complete: if both are there, no lock is needed; if one seems to
-        # be missing, only the holder of the lock can be sure of it
+        # A beton gets its name only when it is complete, so if both are there, no lock is needed. If one is missing,
+        # another process may be about to finish it, so only the holder of the lock may conclude that it has to be made.
         while not all(path.exists() for path in paths.values()) and not lock.acquire():
             if time.monotonic() > deadline:
                 raise ProcessError(
-                    f"{folder} is being converted by {lock.owner()} for over {timeout_seconds:g} s; wait for its end "
-                    "and run the same command again, or end that process"
+                    f"{lock.owner()} has been converting {folder} for over {timeout_seconds:g} s; wait until it has "
+                    "finished and run the same command again, or end that process"
                 )
             time.sleep(0.05)
     except OSError as error:
@@ -97,7 +97,10 @@ def _paths(folder: Path) -> dict[str, Path]:
 
 
 def _digest(source_digest: str, asked: Conversion) -> str:
-    """The digest of all that determines the bytes of a conversion. The size of what is cut out later does not."""
+    """The digest of everything that determines the converted bytes.
+
+    With a --store-size that is its value; the image size, at which images are only cropped later, is then left out.
+    """
     stored = replace(asked, image_size=asked.stored_size, store_size=None)
     return hashlib.sha256(canonical_json({"format": FORMAT, "source": source_digest, **asdict(stored)})).hexdigest()
 
@@ -132,7 +135,7 @@ def _told(source: Source, split: str, bad: list[BadPicture]) -> Iterator[str]:
         names = _some([f"{picture.name} ({picture.reason})" for picture in bad])
         yield f"{source.name}/{split}: {len(bad)} pictures that cannot be decoded are left out: {names}"
     if split == SPLITS[0] and source.passed_by:
-        yield f"{source.name}: {len(source.passed_by)} files that are no pictures are passed by: " + _some(
+        yield f"{source.name}: {len(source.passed_by)} files that are not pictures are ignored: " + _some(
             list(source.passed_by)
         )
 
@@ -154,7 +157,7 @@ def _checked(blocks: Iterable[Block], bad_images: str, bad: list[BadPicture]) ->
 
 
 def _decoded(stream: Iterator[Decode]) -> Generator[Block, None, None]:
-    """The pictures of a stream in order, in blocks, which threads decode ahead while the caller writes."""
+    """The pictures of a stream in order, in blocks. Threads decode the next blocks while the caller writes one."""
     count = min(len(os.sched_getaffinity(0)), LARGEST_POOL)
     with quiet(), ThreadPoolExecutor(count, "dtrain-decode") as pool:
         ahead: deque[Future[Block]] = deque()

@@ -1,4 +1,4 @@
-"""The data set of a run: two betons, which of their samples are trained on or evaluated, and loaders of batches."""
+"""The data set of a run: two betons (converted files), the samples of each split, and the loaders of their batches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from dtrain.settings.data import Data
 
 @dataclass(frozen=True)
 class Feed:
-    """In which form batches reach the network, whatever they are made of.
+    """The form in which batches reach the network.
 
     dtype, device: of the images. reader: auto, ffcv or memory; see `open_loader`. mean, std: in 0..1, one number or one
     for each channel; None for those of the training set. channels_last: memory layout of the images. threads: compute
-    threads of this process; the loader's kernel uses them where the network runs on a GPU. On a CPU they belong to the
-    network and the kernel has one. Bytes do not depend on it.
+    threads of this process. Where the network runs on a GPU, the augmentation kernels use all of them; where it runs on
+    the CPU, they are left to the network, and the kernels use one. The bytes of a batch do not depend on their number.
     """
 
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Feed:
 
     @property
     def kernel_threads(self) -> int:
-        """Threads that move pixels."""
+        """The number of threads for the augmentation kernels."""
         return self.threads if self.device.type == "cuda" else 1
 
 
@@ -51,9 +51,9 @@ class Feed:
 class DataSet:
     """The images of a run.
 
-    image_size, channels: of the images that the network sees, at its largest stage; the betons may hold more. train,
-    train_samples: the training set, and which samples of the beton belong to it; likewise for the evaluation. Samples
-    are int64 [n] in ascending order.
+    image_size, channels: of the images that the network is given, at the largest stage of the run; the betons may store
+    larger images and more channels. train, train_samples: the file of the training set, and which of its samples belong
+    to it; likewise for the evaluation. Samples are int64 [n] in ascending order.
     """
 
     image_size: int
@@ -66,7 +66,7 @@ class DataSet:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many images are trained on, and the side in pixels at which the network sees them: what a plan needs."""
+        """The number of training images and the side in pixels that the network is given: arguments of `make_plan`."""
         return {"train_size": len(self.train_samples), "image_size": self.image_size}
 
     @property
@@ -76,22 +76,22 @@ class DataSet:
 
     @property
     def folder(self) -> Path:
-        """Where the betons lie: what `load_dataset` takes as `found`."""
+        """The folder of the betons, which other processes of this host pass to `load_dataset` as `found`."""
         return self.train.path.parent
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """The mean of the training set in 0..1, one number for each channel that the network sees."""
+        """The mean of the training set in 0..1, one number for each channel that the network is given."""
         return self.train.mean if self.channels == 3 else (self.train.gray_mean,)
 
     @property
     def std(self) -> tuple[float, ...]:
-        """The standard deviation of the training set in 0..1, one number for each channel that the network sees."""
+        """The standard deviation of the training set in 0..1, one number for each channel that the network is given."""
         return self.train.std if self.channels == 3 else (self.train.gray_std,)
 
     @property
     def left_out(self) -> list[str]:
-        """For the user, a line for each split from which pictures were left out because they cannot be decoded."""
+        """Messages for the user: one for each split from which pictures that cannot be decoded were left out."""
         splits = {"train": self.train} | ({"test": self.evaluation} if self.evaluation_split == "test" else {})
         return [
             f"left out of {name}, since they cannot be decoded: {len(beton.skipped)}; `dtrain data inspect` lists them"
@@ -101,7 +101,10 @@ class DataSet:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint records of the data set, in JSON's types: a resume compares it, `load_network` reads it."""
+        """What a checkpoint records about the data set, in JSON's types.
+
+        A resume compares it with the data set that it finds, and `load_network` reads it.
+        """
         return {
             "class_names": list(self.train.class_names),
             "channels": self.channels,
@@ -111,7 +114,7 @@ class DataSet:
         }
 
     def train_loader(self, plan: Plan, rank: int, augmentation: Augmentation, feed: Feed) -> Loader:
-        """The augmented batches of process `rank` by step. Close it after use."""
+        """The loader of the augmented batches of process `rank`, by step. Close it after use."""
 
         def request_at(step: int) -> Request | None:
             if step >= plan.total_steps:
@@ -126,7 +129,7 @@ class DataSet:
     ) -> Chunks:
         """One pass over the evaluation split, cut into the same chunks of `chunk_size` images for every world size.
 
-        image_size: side to which whole pictures are shrunk, where the network is evaluated on less than
+        image_size: side in pixels to which the images are shrunk, if the network is evaluated on images smaller than
         `self.image_size`. Close its loader after use.
         """
         samples = self.evaluation_samples
@@ -171,11 +174,11 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The part of an evaluation that one process computes: of the chunks of the split, process r of W takes number r,
-    r + W, r + 2W and so on.
+    """The part of an evaluation that one process computes: process r of W takes the chunks r, r + W, r + 2W and so on.
 
-    The chunks do not depend on W, since other sizes would round otherwise, which can change a count. rounds: the
-    largest number of chunks that a process has. mine: how many this one has.
+    A chunk is a batch of the evaluation. The chunks do not depend on W: in a batch of another size the network's
+    arithmetic rounds differently, which can change a count. rounds: the largest number of chunks that any process has.
+    mine: how many this process has.
     """
 
     loader: Loader
@@ -188,11 +191,11 @@ class Chunks:
 
 
 def load_dataset(asked: Data, *, arch: str, seed: int, found: Path | None = None) -> Generator[Progress, None, DataSet]:
-    """The data set that the settings name, converted first where that is due; yields progress.
+    """The data set that the settings name, converted first if it is not in the cache; yields progress.
 
-    arch: with `channels` auto, one channel is taken where every training image is gray and this architecture has the
-    parameter in_channels. seed: chooses what `val_split` holds out. found: the folder of betons that another process of
-    this host has prepared for the same settings; see `prepare`, whose errors are raised.
+    arch: if `channels` is auto, the images have one channel if every training image is gray and this architecture has
+    the parameter in_channels. seed: determines which samples `val_split` holds out. found: the folder of betons that
+    another process of this host has prepared for the same settings; see `prepare`, whose errors are raised.
     """
     conversion, where = asked.conversion(), (asked.data_dir, asked.cache_dir)
     betons = yield from prepare(asked.dataset, *where, conversion, options=asked.dataset_opt, found=found)

@@ -1,8 +1,8 @@
-"""The reader that uses FFCV; the only file that imports it.
+"""The reader that uses FFCV; this is the only file that imports FFCV.
 
-FFCV maps the file, and gathers or decodes in a thread of its own the images whose indices we give it. Its order,
-sharding, random operations and seeds are not used. Its thread is replaced by one that ends when it is told to, and that
-hands its error over to the caller.
+FFCV maps the file into memory, and copies or decodes the images of the indices that we give it, in a thread of its own.
+Its sample order, sharding, random operations and seeds are not used. Its thread class is replaced by a subclass that
+ends when it is told to, and that hands its error over to the caller.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _threads_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_typed_dict() -> Iterator[None]:
-    """Give FFCV a plain dict for three constants: at import it would compile a numba dictionary, for seconds."""
+    """Let FFCV keep three constants in a plain dict at its import; compiling its numba dictionary takes seconds."""
     kept, numba.typed.Dict = numba.typed.Dict, dict
     try:
         yield
@@ -68,7 +68,8 @@ with _threads_kept(), _environment_kept(), _no_typed_dict():
     from ffcv.pipeline.compiler import Compiler
 
 
-# FFCV only decodes here, on the CPU; if it saw CUDA it would create streams on GPU 0, which may not be this process's
+# FFCV only decodes here, on the CPU. Without this line it would create CUDA streams on GPU 0, which another process may
+# own.
 epoch_iterator.IS_CUDA = False
 
 MAPPED = numba.types.Array(numba.uint8, 1, "C", readonly=True)
@@ -76,10 +77,10 @@ STATE = numba.types.Tuple([MAPPED, numba.uint64[::1], numba.uint64[::1]])  # typ
 
 
 def _compiled_reader(self: Any) -> Any:
-    """The function that finds an image's bytes in the mapped file, as FFCV has it, but with a type of its own.
+    """A copy of FFCV's function that finds an image's bytes in the mapped file, but with an array type of its own.
 
-    FFCV marks numba's only type of uint8 arrays as read-only, in place. Every kernel of this process that has been
-    compiled for that type then fails with a KeyError as soon as it is compiled for another type.
+    FFCV's version marks numba's one shared type of uint8 arrays as read-only. Every kernel of this process that has
+    been compiled for that type then fails with a KeyError as soon as it is compiled for another type.
     """
 
     def read(address: Any, state: Any) -> Any:
@@ -93,10 +94,11 @@ OSCacheManager.state_type = STATE
 OSCacheManager.compile_reader = _compiled_reader
 
 
-# cached, since FFCV compiles code for each loader, for a third of a second: at every jump and every evaluation
+# cached, since FFCV compiles code for each new loader for a third of a second, and a loader is needed for each
+# evaluation and whenever training jumps to another step
 @functools.lru_cache(maxsize=4)
 def _loader(path: str, sha256: str, largest: int) -> Any:
-    """FFCV's loader of a beton. sha256: part of the cache's key, so that a file that was replaced is opened anew."""
+    """FFCV's loader of a beton. sha256: only a part of the cache's key, so that a replaced file is opened anew."""
     return Loader(
         path,
         batch_size=largest,
@@ -111,7 +113,10 @@ def _loader(path: str, sha256: str, largest: int) -> Any:
 
 
 class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
-    """FFCV's thread, fed with our batches of indices. It ends within a batch when it is told to; it keeps its error."""
+    """FFCV's thread, which is given our batches of indices.
+
+    After `stop` it finishes at most the batch that it is making. An exception in it is kept in `error`.
+    """
 
     def __init__(self, loader: Any, batches: Iterator[npt.NDArray[np.uint64]]) -> None:
         self._ready = False
@@ -122,7 +127,7 @@ class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
         self.start()
 
     def start(self) -> None:
-        """Start the thread; ignored in FFCV's constructor, where our batches have not been set yet."""
+        """Start the thread; does nothing while FFCV's constructor runs, since our batches are set only after it."""
         if self._ready:
             threading.Thread.start(self)
 
@@ -155,7 +160,7 @@ class _Stream(EpochIterator):  # type: ignore[misc]  # FFCV has no types
 
 
 class FfcvReader:
-    """A `Reader` by FFCV, of betons that are stored raw or as JPEG. A slot holds copies of the images of one batch."""
+    """A `Reader` that uses FFCV, for betons stored raw or as JPEG. A slot holds copies of the images of one batch."""
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:
         with _threads_kept():

@@ -1,8 +1,8 @@
 """The file format of FFCV 1.0.2 (format version 2) as numpy types, and the check of every file before it is used.
 
 A file consists of the header; a descriptor for each field; a record for each sample (its label, and the mode, width,
-height and position of its pixels); pages that hold pixels or JPEG files; and the table of allocations. Damage that is
-refused here makes FFCV itself crash, wait for ever or return wrong pixels.
+height and position of its pixels); pages that hold pixels or JPEG files; and the table of allocations. The check is
+needed because a damaged file makes FFCV itself crash, wait for ever or return wrong pixels.
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ def content_of(flat: Flat) -> Content:
         raise ValueError("unfinished or cut short")
     records = flat[BEGIN:first].view(record)
     table = flat[table_at:].view(ALLOCATION)
-    table = table[
-        np.argsort(table["sample"], kind="stable")
-    ]  # parallel writers append to it in the order in which they finish
+    # sorted, since parallel writers append to the table in the order in which they finish
+    table = table[np.argsort(table["sample"], kind="stable")]
     image = records["image"]
     if (table["sample"] != np.arange(count)).any() or (table["position"] != image["position"]).any():
         raise ValueError("its table of samples is damaged")
@@ -105,7 +104,7 @@ def map_file(path: Path) -> Flat:
 
 
 def checked(path: Path, todo: str) -> Content:
-    """The content of a file; see `content_of`. Raises DataError with the reason, and with `todo` as the advice."""
+    """The content of a file; see `content_of`. Raises DataError with the reason, and `todo` as what the user can do."""
     try:
         return content_of(map_file(path))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Folders in which torchvision keeps CIFAR and MNIST: known by the files in them, and read without torchvision.
+"""Folders in which torchvision keeps CIFAR and MNIST: recognised by the files in them, and read without torchvision.
 
 A folder of this kind may have any name and lie anywhere; `dtrain.data.named` knows where to look for it.
 """
@@ -24,7 +24,7 @@ AGAIN = "remove its folder and download it again"
 
 
 def arrays(images: Iterable[Pixels]) -> Iterator[Decode]:
-    """Arrays as a stream of pictures, of which nothing is left to decode."""
+    """A stream of functions, as `Split.pictures` returns it, for pictures that are arrays already."""
     return (partial(np.asarray, image) for image in images)
 
 
@@ -94,7 +94,7 @@ _MNIST = {"train": "raw/train-{}-ubyte", "test": "raw/t10k-{}-ubyte"}
 
 
 def _idx(path: Path, dimensions: int) -> Pixels:
-    """The array in a file of the IDX format, or in the same file with .gz. Raises DataError for a damaged one.
+    """The array in a file of the IDX format, which may be gzipped. Raises DataError for a damaged file.
 
     The format: two zero bytes, the type (8 is uint8), the number of dimensions, the length of each as big-endian
     uint32, then the values.
@@ -134,7 +134,11 @@ def _open_mnist(name: str, path: Path, digest: str) -> Source:
 
 @dataclass(frozen=True)
 class Layout:
-    """One kind of folder: how torchvision names it, files of which one at least is always in it, and its reader."""
+    """One kind of folder.
+
+    folder: the name that torchvision gives it. marks: files of which at least one is in every such folder. open: reads
+    a folder; called with the name of the data set, the path and the digest.
+    """
 
     folder: str
     marks: tuple[str, ...]
@@ -152,5 +156,5 @@ LAYOUTS = (CIFAR10, CIFAR100, MNIST)
 
 
 def layout_of(folder: Path) -> Layout | None:
-    """The kind of a folder, None where it is none of these. Cheap."""
+    """The kind of a folder; None if it is of no kind in LAYOUTS. Cheap."""
     return next((layout for layout in LAYOUTS if layout.is_in(folder)), None)

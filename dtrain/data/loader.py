@@ -1,7 +1,7 @@
-"""The loader: one thread makes batches ahead of time, each from its indices by a reader and the augmentation.
+"""The loader: a thread makes batches ahead of time, from the stored bytes that a reader gives and the augmentation.
 
-The batch of step k does not depend on how the loader came to it. The thread runs ahead through the steps in order, and
-a jump to another step starts it anew. So a checkpoint needs to hold nothing of a loader.
+The batch of a step is a function of that step alone, and not of the batches before it. The thread goes through the
+steps in order; where another step is requested, a new thread starts there. So a loader has no state for a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ OpenReader = Callable[[Beton, Iterator[npt.NDArray[np.int64]], int], Reader]  # 
 class Loader:
     """The batches of a run by step; made by `open_loader`, which explains the arguments.
 
-    To be used by one thread, and to be closed, or used in a `with` block. told: the reader's name for people, with the
-    reason if it is not the first choice. wait_seconds: how long `batch` has waited for batches so far.
+    Use it from one thread, and close it after use, for instance by a `with` block. told: the name of the reader, for
+    the console, with the reason if it is not the first choice. wait_seconds: how long `batch` has waited so far.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Loader:
         self._ahead: _Ahead | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`. Consecutive steps are made ahead of time; any other step starts the reader anew.
+        """The batch of `step`. Batches of consecutive steps are made ahead of time; any other step restarts the reader.
 
         Raises IndexError if there is no such step, and any error of the reader. On CUDA the batch is copied to the
         device on a stream of its own, for which the current stream waits; the host does not wait for the copy.
@@ -85,7 +85,7 @@ class Loader:
         made = self._ahead.take()
         self.wait_seconds += time.perf_counter() - started
         if isinstance(made, Batch):
-            if made.copied is not None:  # the end of this copy; a wait for the stream would include later copies
+            if made.copied is not None:  # waits for this copy alone; waiting for its stream would include later copies
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(made.copied)
                 for tensor in (made.images, made.labels, made.checksum):
@@ -103,9 +103,9 @@ class Loader:
         self._ahead.wait()
 
     def pixels(self, batch: Batch) -> npt.NDArray[np.uint8]:
-        """The pixels of a batch before it was normalised, uint8 [b, H, W, C]; blanked rectangles have the mean colour.
+        """The pixels of a batch without its normalisation, uint8 [b, H, W, C], for people to look at.
 
-        For people to look at. Copies the images to the host.
+        Rectangles of cutout and erasing have the mean colour. Copies the images to the host.
         """
         images_NHWC = batch.images.float().permute(0, 2, 3, 1).cpu().numpy()
         values = (images_NHWC * np.array(self._std) + np.array(self._mean)) * 255
@@ -113,19 +113,20 @@ class Loader:
         return pixels
 
     def use_device(self) -> None:
-        """Make this loader's GPU the calling thread's current one; else CUDA would use memory (0.5 GB) on GPU 0 too."""
+        """Make this loader's GPU the calling thread's current device; otherwise CUDA also uses 0.5 GB on GPU 0."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
     def batches_from(self, step: int) -> Iterator[Batch]:
         """Make the batches from `step` on in the calling thread, until `request_at` returns None."""
-        wanted: list[Request] = []  # those whose indices the reader has taken and whose batches have not been made
+        wanted: list[Request] = []  # whose indices the reader has taken already, but whose batches are not made yet
         count = len(self._beton.labels)
 
         def indices() -> Iterator[npt.NDArray[np.int64]]:
             at = step
             while (request := self._request_at(at)) is not None:
-                # checked here for all readers: FFCV reads or writes outside of its memory, numpy takes -1 for the last
+                # checked here for all readers: with a wrong index FFCV accesses memory that is not its own, and numpy
+                # takes -1 for the last sample
                 if len(request.indices) > self._largest:
                     raise DataError(f"{self._beton.path}: {len(request.indices)} samples in a batch of {self._largest}")
                 if len(request.indices) and not 0 <= request.indices.min() <= request.indices.max() < count:
@@ -154,13 +155,13 @@ class Loader:
         else:
             decisions = undecided(count, size, side)
         pin = self._copies is not None
-        # the kernel writes the bits of short types, from its table
+        # numba has no float16 and bfloat16: for these types the kernel writes their bits, as uint16, from its table
         carrier = torch.float32 if self._dtype == torch.float32 else torch.uint16
         images_NHWC = torch.empty((count, small, small, self._channels), dtype=carrier, pin_memory=pin)
         out = images_NHWC.numpy()
 
         def part(number: int) -> None:
-            # the cuts are between pairs, so that partners stay together
+            # the batch is cut between pairs, so that partners (see augment.py) stay together
             first, end = (at * count // self._parts // 2 * 2 for at in (number, number + 1))
             cut = slice(first, end if number + 1 < self._parts else count)
             write_images(flat, offsets[cut], side, depth, decisions.of(cut), self._lut, out[cut], size=size)
@@ -182,7 +183,7 @@ class Loader:
                 labels.pin_memory().to(self._device, non_blocking=True),
                 indices,
                 checksum.pin_memory().to(self._device, non_blocking=True),
-                self._copies.record_event(),  # the last argument, and so recorded after the copies
+                self._copies.record_event(),  # evaluated last, so the event comes after the copies
             )
 
     def _laid_out(self, images: Tensor) -> Tensor:
@@ -213,7 +214,10 @@ class Loader:
 
 
 class _Ahead:
-    """A thread that makes batches in order and keeps AHEAD of them; after the last it gives None, or else its error."""
+    """A thread that makes batches in order and keeps AHEAD of them ready.
+
+    `take` returns the next batch; after the last one it returns None, and after an error in the thread that error.
+    """
 
     def __init__(self, loader: Loader, step: int) -> None:
         self.next_step = step
@@ -258,12 +262,15 @@ class _Ahead:
 
 
 def _chosen(kind: str) -> tuple[OpenReader, str]:
-    """The reader that auto, ffcv or memory means here, and its name for people. Imports FFCV to see if it works."""
+    """The reader that auto, ffcv or memory stands for on this machine, and its name for the console.
+
+    Imports FFCV to see if that works.
+    """
     if kind == "memory" or (kind == "auto" and importlib.util.find_spec("ffcv") is None):
         return MemoryReader, "memory"
     try:
         from dtrain.data.ffcv_reader import FfcvReader
-    except (ImportError, OSError) as error:  # it is not there, or a library that it needs
+    except (ImportError, OSError) as error:  # FFCV, or a library that it needs, is not installed
         if kind == "ffcv":
             raise UsageError(
                 f"--loader ffcv: FFCV cannot be imported ({error}); pip install 'dtrain[ffcv]', or use --loader memory"
@@ -289,15 +296,16 @@ def open_loader(
     channels_last: bool = True,
     kernel_threads: int = 1,
 ) -> Loader:
-    """A loader of the batches that `request_at` asks for by step, made of the images in `beton`.
+    """A loader of batches made of the images in `beton`; `request_at` says for each step which ones.
 
     request_at: returns None past the last step; it is called in the loader's thread. kind: auto (ffcv if it can be
-    imported, else memory), ffcv or memory; all give equal bytes. image_size, channels: of the images that come out. If
-    larger pictures are stored, they are cropped: at a random place under augmentation, else in the middle. One channel
-    out of three is their luma. augmentation, seed: for requests with an epoch. mean, std: in 0..1, one number, or one
-    for each channel that comes out or is stored. dtype, device: of the images. largest: the most images in any request.
-    channels_last: memory layout of the images, else they are contiguous. kernel_threads: threads that move pixels;
-    bytes do not depend on it. The kernels are compiled with the first batch, once for each machine.
+    imported, else memory), ffcv or memory; all give equal bytes. image_size, channels: of the output. Larger stored
+    pictures are cropped, at a random place if there is augmentation, else in the middle. One channel made from three is
+    the luma. augmentation, seed: for requests with an epoch. mean, std: in 0..1, one number, or one for each channel of
+    the output or of the stored pictures. dtype, device: of the images. largest: the most images in any request.
+    channels_last: memory layout of the images; if False they are contiguous. kernel_threads: number of threads for the
+    augmentation kernels; the bytes do not depend on it. The kernels are compiled for the first batch, and then cached
+    on disk.
     Raises UsageError for ffcv if it cannot be imported, for a beton of JPEGs without FFCV, and for an image size or
     number of channels that is not stored.
     """
@@ -332,7 +340,7 @@ def open_loader(
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """One number for each channel that comes out.
+    """One number for each channel of the output, from `values`: one for all channels, or one for each stored channel.
 
     For gray, the numbers of the three colours are averaged with the weights of the luma. That is exact for the mean,
     and for the deviation where the three colours vary together: exactly so in gray images, nearly so in photographs.

@@ -34,12 +34,12 @@ Read = Callable[..., bytes]
 
 
 def places_of(name: str, data_dir: Path) -> list[Path]:
-    """Where pictures called `name` may lie: a folder or a tar in the data folder, or a path."""
+    """Where a data set called `name` may lie: a folder or a tar in the data folder, or `name` as a path."""
     return [*(data_dir / (name + end) for end in ("", *TAR_ENDINGS)), Path(name)]
 
 
 def is_place(path: Path) -> bool:
-    """Whether there is a folder, or a file that is called a tar."""
+    """Whether `path` is a folder, or a file with the ending of a tar."""
     return path.is_dir() or (path.is_file() and path.name.endswith(TAR_ENDINGS))
 
 
@@ -55,10 +55,10 @@ class Member:
 
 
 def open_members(name: str, path: Path, digest: str, asked: Conversion) -> Source:
-    """A folder or tar as a source. Lists all members, and reads the heads of some to learn their kind and their size.
+    """A folder or tar as a source. Lists all members, and reads pictures as far as needed to find their common size.
 
-    asked: if it names a size, no picture is read for its own. Raises DataError for what cannot be a data set: no
-    pictures, a single class, a class in test/ that train/ lacks, an empty class, a link in a tar.
+    asked: if it names a size, no picture is read. Raises DataError for what cannot be a data set: no pictures, a single
+    class, a class in test/ that train/ lacks, an empty class, a link in a tar.
     """
     listing = _Listing(path, sniff=asked.stored_size is None)
     held_out = "test" if listing.classes["test"] else "val"
@@ -80,7 +80,7 @@ def open_members(name: str, path: Path, digest: str, asked: Conversion) -> Sourc
 
 
 class _Listing:
-    """What a folder or tar holds. Classes are numbered as they appear; of each picture only this number is kept."""
+    """What a folder or tar holds. Classes are numbered as they appear; for each picture only its class is kept."""
 
     def __init__(self, path: Path, *, sniff: bool) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class _Listing:
         self.passed_by: list[str] = []
         pictures = self._pictures()
         with quiet():
-            # pictures are read until one shows that not all are equal squares: for photographs this is the first one
+            # pictures are read until one is not a square of the same size; photographs mostly end this with the first
             self.size = common_size(filter(None, (size_of(m.read()) for m in pictures))) if sniff else 0
             for _ in pictures:
                 pass
@@ -190,7 +190,7 @@ def _read_file(path: Path, count: int = -1) -> bytes:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of a tar that is refused if it is damaged: tarfile would take it for the end of the archive."""
+    """A tar header that raises ReadError if it is damaged; tarfile alone would take it for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -219,8 +219,8 @@ def _tar_files(path: Path) -> Iterator[tuple[tuple[str, ...], Read]]:
             file = tar.extractfile(info)
             return b"" if file is None else file.read(count)
 
-    named: set[tuple[str, ...]] = set()  # the folders of classes that the tar lists
-    filled: set[tuple[str, ...]] = set()  # and those that hold files
+    named: set[tuple[str, ...]] = set()  # the class folders that the tar lists
+    filled: set[tuple[str, ...]] = set()  # the class folders that hold files
     with _readable(path), tarfile.open(path, tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps a kilobyte for each file

@@ -1,4 +1,4 @@
-"""The reader without FFCV: it maps a beton into memory. The processes of a host share the pages of the file."""
+"""The reader that does without FFCV: it maps a beton into memory, where all processes of a host share its pages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dtrain.data.beton import Beton
 
 
 class MemoryReader:
-    """A `Reader` of betons whose images are stored raw; `open_loader` gives it no others.
+    """A `Reader` for betons whose images are stored raw; `open_loader` uses it for no others.
 
-    A slot is the whole file, and where in it the images of the batch begin: nothing is copied here.
+    A slot is the whole mapped file with the offsets of the images of the batch, so nothing is copied here.
     """
 
     def __init__(self, beton: Beton, batches: Iterable[npt.NDArray[np.int64]], largest: int) -> None:

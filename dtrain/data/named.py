@@ -1,6 +1,7 @@
-"""The data sets that come with dtrain under a name, as data set plugins: plugins/README.md says what these are.
+"""The named data sets that come with dtrain, as data set plugins; plugins/README.md describes these.
 
-Digits and synthetic pictures need no files. CIFAR and MNIST are looked for in the data folder, and downloaded.
+Digits and synthetic pictures need no files. CIFAR and MNIST are looked for in the data folder, and downloaded if they
+are not there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DIGITS = tuple("0123456789")
 
 
 def digits(data_dir: Path) -> dict[str, Any]:
-    """1,797 real handwritten digits (digits.txt says whose), 8x8 upsampled to 32x32; 36 of each class are the test."""
+    """1,797 real handwritten digits (source: digits.txt), 8x8 upsampled to 32x32; 36 of each class are the test set."""
 
     def split(held_out: bool) -> tuple[Labels, Iterator[Pixels]]:
         with np.load(Path(__file__).with_name("digits.npz")) as file:
@@ -58,14 +59,14 @@ def upsample(image: Pixels) -> Pixels:
     wide = image.astype(np.int64)
     wide = wide[:, left] * (8 - weight) + wide[:, right] * weight
     full = wide[left] * (8 - weight)[:, None] + wide[right] * weight[:, None]
-    return gray(((full * 255 + 512) // 1024).astype(np.uint8))  # 1024 = 16 levels x 8 x 8
+    return gray(((full * 255 + 512) // 1024).astype(np.uint8))  # 1024 = 16 (the largest value) x 8 x 8 (the weights)
 
 
 SYNTHETIC_SIZES = {"train": 2000, "test": 400}
 
 
 def synthetic(data_dir: Path) -> dict[str, Any]:
-    """Ten keyed patterns of 4x4 coloured blocks under keyed noise, 32x32, learnable in one epoch."""
+    """Ten random patterns of 4x4 coloured blocks with noise, 32x32, always the same; learnable in one epoch."""
 
     def split(name: str) -> tuple[Labels, Iterator[Pixels]]:
         patterns = 64 + integers(key(0, Stream.SYNTHETIC, 0, np.arange(10 * 4 * 4 * 3)), 128).reshape(10, 4, 4, 3)
@@ -104,7 +105,10 @@ def mnist(data_dir: Path, *, download: bool = True) -> Path:
 
 
 def _found(name: str, torchvision_name: str, layout: Layout, data_dir: Path, download: bool) -> Path:
-    """The folder or tar of a set: torchvision's own folder, then `places_of`, else downloaded. Raises DataError."""
+    """The folder or tar of a set: torchvision's own folder, else one of `places_of`, else it is downloaded.
+
+    Raises DataError if it is not there and cannot be downloaded.
+    """
     own = data_dir / layout.folder
     for path in (own, *places_of(name, data_dir)):
         if is_place(path):

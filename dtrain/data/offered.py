@@ -1,7 +1,7 @@
-"""What the function of a data set plugin returns, as a Source: everything in it is checked where it is used.
+"""Data set plugins as sources: what the function of such a plugin returns is checked, and turned into a Source.
 
-The contract stands in plugins/README.md. The function is somebody else's code, so whatever it raises or gives becomes
-one line that names its distribution.
+The contract stands in plugins/README.md. The function is somebody else's code, so everything that it returns is checked
+where it is used, and whatever it raises becomes an error of one line that names its distribution.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ GIVE = "give uint8 [H, W], [H, W, 1] or [H, W, 3], or a Pillow image"
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The mapping that a data set plugin returned, with what it is called in error lines and a digest of its identity.
+    """The mapping that a data set plugin returned.
 
-    digest: 64 hex digits; of the plugin, its options and what the mapping says about itself, never of the pictures.
+    what: how error messages call the plugin. digest: 64 hex digits; a hash of the plugin's name, its options and the
+    digest in the mapping, not of the pictures themselves. given: the mapping.
     """
 
     what: str
@@ -50,7 +51,7 @@ class Offer:
 
     @classmethod
     def of(cls, plugin: Plugin, options: Mapping[str, Any], given: Any) -> Offer:
-        """Check what needs no picture. Raises DataError."""
+        """Check the mapping as far as that needs no picture. Raises DataError."""
         if not isinstance(given, Mapping):
             raise DataError(f"{plugin.said} returns a {type(given).__name__}; {SEE}")
         if lacks := [name for name in ("digest", "class_names", *PARTS) if name not in given]:
@@ -65,10 +66,10 @@ class Offer:
         return cls(plugin.said, hashlib.sha256(f"{name} {given['digest']}{told}".encode()).hexdigest(), given)
 
     def source(self, name: str, asked: Conversion) -> Source:
-        """The pictures, in the size that is asked for, else in their own. Calls the functions of the mapping.
+        """The pictures as a source, in the size that is asked for, else in their own. Calls the mapping's functions.
 
-        Without an `image_size` in the mapping, the sizes of pictures are looked at, as far as it takes. Raises
-        DataError.
+        If no size is asked for and the mapping has no `image_size`, pictures are read until their common size is known.
+        Raises DataError.
         """
         names = self.given["class_names"]
         class_names = tuple(map(str, self._run(lambda: list(names() if callable(names) else names))))
@@ -100,7 +101,7 @@ class Offer:
         return whole
 
     def _images(self, part: str, count: int) -> Iterator[Any]:
-        """The pictures of a split as the plugin gives them; as many as it has labels."""
+        """The pictures of a split as the plugin gives them. Raises DataError if there are not `count`."""
         images, given = self._run(lambda: iter(self._split(part)[1])), 0
         while (image := self._run(lambda: next(images, None))) is not None:
             given += 1
@@ -140,7 +141,7 @@ SEE = "plugins/README.md says what a data set returns"
 
 
 def _size(image: Any) -> tuple[int, int]:
-    """Width and height of a picture that may be wrong in every way; then it says nothing, and fails when it is read."""
+    """Width and height of a picture of a plugin; (0, 0) for what is no picture, which later fails to be decoded."""
     if isinstance(image, Image.Image):
         return image.size
     shape = np.shape(image)

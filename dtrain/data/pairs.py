@@ -1,4 +1,4 @@
-"""A pair of betons as a source: a folder with `train.beton`, and `test.beton` or `val.beton`.
+"""Pairs of betons (files in FFCV's format) as sources: a folder with `train.beton`, and `test.beton` or `val.beton`.
 
 They may have been written by dtrain or by FFCV. They are read like any other source and converted into the cache, so
 that training always reads betons of one kind. Betons that FFCV has written hold no class names: without dtrain's
@@ -23,7 +23,7 @@ TRAIN, HELD_OUT = "train.beton", ("test.beton", "val.beton")
 
 
 def pair_in(folder: Path) -> tuple[Path, Path] | None:
-    """The paths of the two betons in a folder, None if it has no pair. Cheap: looks for three files."""
+    """The paths of the two betons in a folder; None if it has no such pair. Cheap: looks for three files."""
     held_out = next((folder / name for name in HELD_OUT if (folder / name).is_file()), None)
     return (folder / TRAIN, held_out) if held_out is not None and (folder / TRAIN).is_file() else None
 

@@ -1,7 +1,7 @@
-"""Pictures: the one rule by which any file that Pillow can read becomes uint8 [S, S, 3]; and what a source is.
+"""How any image file that Pillow can read becomes uint8 [S, S, 3], and what a source of such pictures is.
 
-The rule has these steps. All of them use integer arithmetic, so a file gives the same bytes on every machine with the
-same version of Pillow.
+The conversion has these steps. All of them use integer arithmetic, so a file gives the same bytes on every machine with
+the same version of Pillow.
 
 1. Of an animation, or of a file with several pages, the first one is taken. The content of the file decides what it is,
    not the ending of its name.
@@ -52,7 +52,7 @@ TURNS = {
 
 
 class BadPicture(DataError):
-    """One picture that cannot be decoded. With `--bad-images skip` the conversion leaves it out instead of stopping."""
+    """One picture that cannot be decoded. It ends the conversion, or is left out with `--bad-images skip`."""
 
     def __init__(self, where: str, name: str, reason: str) -> None:
         super().__init__(
@@ -65,7 +65,7 @@ class BadPicture(DataError):
 class Split:
     """One split of a source, such as the training set.
 
-    labels: int64 [N], of every picture that is listed. pictures(): a new stream of N functions, in the order of the
+    labels: int64 [N], one for each picture. pictures(): returns a new stream of N functions, in the order of the
     labels, each of which returns its picture as uint8 [S, S, 3] or raises BadPicture. Iterating over the stream reads
     the files; the functions only decode, and may be called in any thread.
     """
@@ -112,9 +112,9 @@ def size_of(data: bytes) -> tuple[int, int] | None:
 
 
 def picture(where: str, name: str, data: bytes, size: int, resize: str) -> Pixels:
-    """Decode the bytes of a file into uint8 [size, size, 3], by the rule above. resize: crop or squash.
+    """Decode the bytes of a file into uint8 [size, size, 3], by the steps above. resize: crop or squash.
 
-    where, name: how an error calls the data set and the file. Raises BadPicture.
+    where, name: names of the data set and of the file, for errors. Raises BadPicture.
     """
     try:
         return fitted(_decoded(data, size), size, resize)
@@ -125,9 +125,9 @@ def picture(where: str, name: str, data: bytes, size: int, resize: str) -> Pixel
 
 def _decoded(data: bytes, size: int) -> Image.Image:
     with Image.open(io.BytesIO(data)) as image:
-        # A large JPEG is decoded at a half, a quarter or an eighth of its size, but at three times the wanted size or
-        # more. This is several times faster. It changes values by 0.5 of 255 on average, a third of the difference
-        # between bicubic and Lanczos; at twice the wanted size it would be 1.6.
+        # A large JPEG is decoded at a half, a quarter or an eighth of its size, though at no less than three times the
+        # wanted size. This is several times faster. It changes values by 0.5 of 255 on average, a third of the
+        # difference between bicubic and Lanczos; with no less than twice the wanted size it would be 1.6.
         image.draft(None, (3 * size, 3 * size))
         image.load()
         try:
@@ -170,7 +170,7 @@ def fitted(image: Image.Image, size: int, resize: str) -> Pixels:
 
 
 def from_image(image: Image.Image, size: int, resize: str) -> Pixels:
-    """A Pillow image of any mode as uint8 [size, size, 3], by the rule above from its second point on."""
+    """A Pillow image of any mode as uint8 [size, size, 3], by the steps 2, 3, 4 and 6 above."""
     return fitted(_over_white(_eight_bits(image)), size, resize)
 
 
@@ -186,7 +186,7 @@ def from_array(pixels: Pixels, size: int, resize: str) -> Pixels:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress Pillow's warnings about odd EXIF data, palettes and large pictures; what matters it raises as errors."""
+    """Suppress Pillow's warnings about odd EXIF data, palettes and large pictures; real problems are still errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,11 @@
-"""Carries out on pixels what `augment.py` has decided, by compiled kernels (numba) that release Python's global lock.
+"""Carries out on pixels what `augment.py` has decided, by kernels that numba compiles and that release the GIL.
 
-`write_images` is the entry point. Crop, shift, flip and cutout alone are one pass from stored bytes to normalised
-images. Everything else goes through bytes in between, in blocks of images that stay in the processor's cache.
-Normalisation is a table of 256 values for each channel.
+`write_images` is the entry point. If only crop, shift, flip and cutout are in use, one pass leads from the stored bytes
+to normalised images. Otherwise the kernels follow one another on uint8 images, in blocks of images that fit into the
+processor's cache. Normalisation looks each byte up in a table of 256 values for each channel.
 
-Legend: n images; H, W, C: height, width and channels of what comes out. Stored pictures are squares with a side and a
-depth (number of channels) of their own.
+Legend: n images; H, W, C: height, width and channels of the output. Stored pictures are squares with a side and a depth
+(number of channels) of their own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numba import njit
 from dtrain.data.augment import ONE, RECORDS, Decisions, Place
 from dtrain.data.beton import LUMA
 
-HALF = ONE // 2  # added before a shift to the right, it rounds halves up
-BLOCK_BYTES = 256 << 10  # of the images that pass from kernel to kernel; fits the usual second-level cache
+HALF = ONE // 2  # added before a right shift by 16 bits, it rounds halves up
+BLOCK_BYTES = 256 << 10  # size of a block of images between two kernels; fits the usual second-level cache
 
 
 def lookup_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> npt.NDArray[Any]:
@@ -52,12 +52,12 @@ def write_images(
     *,
     size: int | None = None,
 ) -> None:
-    """Write augmented, normalised images. Changes nothing but `out`; images depend on no others but their partners.
+    """Write augmented, normalised images to `out`. An image depends on no other one but its partner.
 
     source: flat bytes. offsets: [n], where each picture of `side` x `side` x `depth` begins in it. lut: [C, 256], from
-    `lookup_table`. out: [n, H, H, C] of lut's type, overwritten completely; C is `depth`, or 1 out of 3 for the luma.
-    size: the image size for which it was decided; where it is larger than H, whole pictures are shrunk to H. H if left
-    out.
+    `lookup_table`. out: [n, H, H, C] of lut's type, overwritten completely; C is `depth`, or 1 for the luma of pictures
+    of depth 3. size: the image size for which the decisions were drawn, by default H; if it is larger than H, the
+    images are shrunk to H.
     """
     d, (count, small, _, channels) = decisions, out.shape
     size = size or small
@@ -90,7 +90,7 @@ def write_images(
 
 
 def shrunk_rectangles(rectangles: npt.NDArray[np.int32], size: int, small: int) -> npt.NDArray[np.int32]:
-    """Rectangles of images of `size` pixels, int32 [n, 4] of top, left, height, width, in the same images at `small`.
+    """Rectangles, int32 [n, 4] of top, left, height, width, scaled from images of side `size` to side `small`.
 
     What lies outside of the image is cut off; then the four edges are scaled and rounded, halves up.
     """
@@ -111,7 +111,7 @@ def luma(red: Any, green: Any, blue: Any) -> int:
 def move_pixels(  # noqa: C901 - one loop, so that the compiler sees all of it
     source: Any, offsets: Any, side: int, depth: int, moves: Any, cutout: int, lut: Any, out: Any
 ) -> None:
-    """Crop, shift, gray, flip, normalisation and cutout in one pass; see `write_images`, and Decisions for moves."""
+    """Crop, shift, conversion to gray, flip, normalisation and cutout in one pass; see `write_images` and Decisions."""
     n, height, width, channels = out.shape
     for i in range(n):
         base = np.int64(offsets[i])
@@ -150,10 +150,10 @@ def move_pixels(  # noqa: C901 - one loop, so that the compiler sees all of it
 
 @njit(nogil=True, cache=True)
 def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, out: Any) -> None:
-    """Bytes sampled bilinearly at the places that `maps` gives (see Decisions), rounded to 1/256 of a pixel.
+    """Write bytes sampled bilinearly at the places that `maps` gives (see Decisions), rounded to 1/256 of a pixel.
 
-    The outermost pixels extend to half a pixel beyond their middle; outside of that everything is black. A map by whole
-    pixels gives the same bytes as `move_pixels`.
+    A place within half a pixel of the picture's edge has the value of the edge; outside of the picture everything is
+    black. A map that moves by whole pixels gives the same bytes as `move_pixels`.
     """
     n, height, width, channels = out.shape
     end, last, line = side * 256 - 128, side - 1, side * depth
@@ -175,7 +175,7 @@ def sample_pixels(source: Any, offsets: Any, side: int, depth: int, maps: Any, o
                 to_right, down = px & 255, py & 255
                 both = to_right * down
                 weights = 65536 - ((to_right + down) << 8) + both, (to_right << 8) - both, (down << 8) - both, both
-                # unsigned, since for signed indices numba checks for negative ones, which halves the speed
+                # unsigned, since numba checks signed indices for negative values, which halves the speed
                 places = (
                     np.uint64(upper + left),
                     np.uint64(upper + right),
@@ -204,9 +204,9 @@ def _between(image: Any, places: Any, weights: Any, channel: Any) -> int:
 
 @njit(nogil=True, cache=True)
 def _blended(value: Any, other: Any, share: Any) -> int:
-    """The mixture of `share` / ONE of a value and the rest of another, rounded and clipped to 0..255.
+    """The weighted mean of `value`, with the weight `share` / ONE, and `other`, rounded and clipped to 0..255.
 
-    The share may be larger than ONE.
+    The share may be larger than ONE; the weight of `other` is then negative.
     """
     return min(max((value * share + other * (ONE - share) + HALF) >> 16, 0), 255)  # type: ignore[no-any-return]  # of Any
 
@@ -215,8 +215,8 @@ def _blended(value: Any, other: Any, share: Any) -> int:
 def jitter_pixels(factors: Any, images: Any) -> None:
     """Change brightness, then contrast, then saturation, in place.
 
-    Each value is mixed with black, then with the mean luma of its image, then with the luma of its pixel. factors:
-    int32 [n, 3] in units of 1 / ONE. images: uint8 [n, H, W, C]; images of one channel have no saturation.
+    Each value is blended with black, then with the mean luma of its image, then with the luma of its pixel. factors:
+    int32 [n, 3] in units of 1 / ONE. images: uint8 [n, H, W, C]; with one channel, saturation changes nothing.
     """
     n, height, width, channels = images.shape
     tone = np.empty(256, np.int64)
@@ -249,7 +249,7 @@ def _luma_of(tone: Any, pixel: Any) -> int:
 
 @njit(nogil=True, cache=True)
 def mix_pixels(mixtures: Any, images: Any) -> None:
-    """Blend the images of each pair, or exchange a rectangle between them, in place.
+    """Blend the two images of each pair (mixup), or exchange a rectangle between them (cutmix), in place.
 
     mixtures: int64 [n, 6], the table of the record "mix". images: uint8 [n, H, W, C] with n even.
     """
@@ -273,18 +273,18 @@ def mix_pixels(mixtures: Any, images: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def shrink_pixels(images: Any, out: Any) -> None:
-    """Whole pictures shrunk by area: each pixel of `out` is the mean of the part of the picture that it covers.
+    """Shrink images by area: each pixel of `out` is the mean of the part of the image that it covers.
 
-    images: uint8 [n, S, S, C]; out: uint8 [n, s, s, C], s <= S <= 4096. In units of 1 / s of a pixel's side, output row
-    y covers [y S, (y + 1) S) and stored row j covers [j s, (j + 1) s); a weight is the length of the overlap, along
-    both axes. Weighted sums are integers, divided by S x S and rounded, halves up.
+    images: uint8 [n, S, S, C]; out: uint8 [n, s, s, C], s <= S <= 4096. In units of 1 / s of an input pixel, row y of
+    the output covers [y S, (y + 1) S) and row j of the input covers [j s, (j + 1) s). The weight of a row is the length
+    of the overlap, and columns likewise. Weighted sums are integers; they are divided by S x S and rounded, halves up.
     """
     n, size, _, channels = images.shape
     small = out.shape[1]
     rows = np.empty(size * channels, np.int32)  # one row of `out`, before its columns are summed
     area = np.int64(size) * size
     half, inverse = area // 2, 1.0 / area
-    begin, end = np.empty(small, np.int64), np.empty(small, np.int64)  # of the stored rows or columns that each covers
+    begin, end = np.empty(small, np.int64), np.empty(small, np.int64)  # the input rows or columns that each one covers
     for y in range(small):
         begin[y], end[y] = y * size // small, ((y + 1) * size - 1) // small + 1
     for i in range(n):
@@ -302,8 +302,9 @@ def shrink_pixels(images: Any, out: Any) -> None:
                     for j in range(begin[x], end[x]):
                         weight = min((x + 1) * size, (j + 1) * small) - max(x * size, j * small)
                         total += np.int64(rows[j * channels + c]) * weight
-                    # total // area, exactly: total + 1/2 is at least 1 / (2 area) from the next multiple, which is more
-                    # than what a product in double precision loses below 2^33; several times faster than a division
+                    # This is total // area, exactly, and several times faster than a division: (total + 1/2) / area is
+                    # at least 1 / (2 area) away from any whole number, and the product in double precision is more
+                    # accurate than that where total is below 2^33.
                     out[i, y, x, c] = np.uint8(np.int64((total + 0.5) * inverse))
 
 

@@ -1,8 +1,8 @@
-"""Where images come from: `--dataset` as a name, a file's function, a folder, a tar or a pair of betons -> Source.
+"""Finds what `--dataset` names and opens it as a Source: a plugin, a function in a file, a folder, a tar or two betons.
 
-A name is a data set plugin's, and is looked for through the one door for plugins; a folder or tar needs no code. What
-each kind is made of stands in `offered` (plugins), `members`, `layouts` and `pairs`; how a picture becomes bytes, in
-`pictures`.
+Plugins are found by `dtrain.plugins`; a folder or tar needs no code. How each kind is read stands in `offered`
+(plugins), `members` (folders and tars of image files), `layouts` (folders of CIFAR and MNIST) and `pairs` (betons); how
+an image file becomes an array stands in `pictures`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dtrain.settings.data import Conversion
 
 @dataclass(frozen=True)
 class Place:
-    """What `--dataset` was found to mean: a name for the cache, and either a tar or folder or what a plugin offers."""
+    """What `--dataset` names: a name for the cache, and either a path or the mapping that a plugin returned."""
 
     name: str
     path: Path | None = None
@@ -40,7 +40,7 @@ class Place:
 def find_source(
     dataset: str, data_dir: Path, asked: Conversion | None = None, options: Mapping[str, str] | None = None
 ) -> Source:
-    """The source called `dataset`: a name, a file's function, or a path to a folder or tar.
+    """The source that `dataset` names: a plugin, a function in a file, or the path of a folder or tar.
 
     options: of a named set, as text. Raises what `locate` raises, and DataError for what cannot be a data set: no
     classes, one class, a test class that train lacks, a link in a tar. Lists all members, which may take seconds.
@@ -52,9 +52,9 @@ def find_source(
 def locate(dataset: str, data_dir: Path, options: Mapping[str, str] | None = None) -> Place:
     """Where `dataset` is, without reading it. The function of a named set is called, which may download the set.
 
-    A name that some package offers wins; then `<dataset>/` and `<dataset>.tar[.gz|.xz]` in `data_dir`; then a path, so
-    that ./name reaches a folder that has the name of a plugin. Raises UsageError for a name nobody knows and for
-    options of what has none, PluginError for a plugin that cannot be imported, DataError for pictures that are not
+    A plugin of this name comes first; then `<dataset>/` and `<dataset>.tar[.gz|.xz]` in `data_dir`; then `dataset` as a
+    path, so ./name reaches a folder that has the name of a plugin. Raises UsageError for an unknown name and for
+    options if `dataset` is a path, PluginError for a plugin that cannot be imported, DataError for files that are not
     there. Cheap, except for a download.
     """
     if plugins.offered("dataset", dataset) or "::" in dataset:
@@ -74,9 +74,9 @@ def locate(dataset: str, data_dir: Path, options: Mapping[str, str] | None = Non
 
 
 def place_of(plugin: plugins.Plugin, function: Callable[..., Any], data_dir: Path, options: Mapping[str, Any]) -> Place:
-    """Call the function of a named set, with options in their own types.
+    """Call the function of a named set with `options`, which have been converted to their types.
 
-    A DtrainError comes out as it is; any other exception becomes a DataError that names the plugin's distribution.
+    A DtrainError is raised unchanged; any other exception becomes a DataError that names the plugin's distribution.
     """
     try:
         given = function(data_dir, **options)
@@ -98,7 +98,10 @@ def _stem(dataset: str) -> str:
 
 
 def open_source(place: Place, asked: Conversion, digest: str) -> Source:
-    """Read what `locate` found as far as class names, labels and image size; see `find_source`, `digest_of`."""
+    """The source at the place that `locate` found. Reads only as much as class names, labels and image size need.
+
+    digest: from `digest_of`. Raises DataError; see `find_source`.
+    """
     if place.offer is not None:
         return place.offer.source(place.name, asked)
     path = _path_of(place)
@@ -116,7 +119,7 @@ def _path_of(place: Place) -> Path:
 
 
 def _fitted(source: Source, asked: Conversion) -> Source:
-    """A source in another size than its own, where that is asked for."""
+    """The source with its pictures resized, if a size is asked for that is not its own."""
     size = asked.stored_size or source.image_size
     if size == source.image_size:
         return source
@@ -137,9 +140,9 @@ def _fitted(source: Source, asked: Conversion) -> Source:
 def digest_of(place: Place, memo: Path | None = None) -> str:
     """64 hex digits that change when the content does.
 
-    Of a tar: the SHA-256 of its bytes, remembered in the file `memo` by place, size and time of change. Of a folder:
-    the SHA-256 of the names, sizes and times of its files, so that a start need not read them. Of a named set: of its
-    name, its options and the digest that its function gives.
+    Of a tar: the SHA-256 of its bytes; the file `memo` keeps it, with the tar's path, size and time of change, so that
+    it is not computed again while these stay the same. Of a folder: the SHA-256 of the names, sizes and times of its
+    files, so the files are not read. Of a named set: of its name, its options and the digest that its function returns.
     """
     if place.offer is not None:
         return place.offer.digest
@@ -167,9 +170,9 @@ def _rows(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def remembered_sha256(path: Path, memo: Path) -> str:
-    """The SHA-256 of a file, computed again only when its place, size or time of change is not what `memo` remembers.
+    """The SHA-256 of a file, computed anew only if its path, size or time of change is not the one kept in `memo`.
 
-    A memo that cannot be read or written costs the time to compute it, and does no other harm.
+    If `memo` cannot be read or written, the digest is computed each time.
     """
     stat = path.stat()
     place = hashlib.sha256(bytes(path.resolve())).hexdigest()[:16]  # two tars of one name share a memo

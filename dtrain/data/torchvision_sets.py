@@ -1,6 +1,6 @@
 """The data sets of torchvision under their own names, as a family of data set plugins: `--dataset torchvision/SVHN`.
 
-torchvision downloads them, and reads them when they are converted; afterwards the converted files are all that is used.
+torchvision downloads them and reads them for the conversion; after that only the converted files are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BOOLEAN = ({"train": True}, {"train": False})
 _TEST = ({"split": "train"}, {"split": "test"})
 _TRAINVAL = ({"split": "trainval"}, {"split": "test"})
 _VAL = ({"split": "train"}, {"split": "val"})
-# What the class of torchvision is given for the two splits; None where it has a single one.
+# The arguments with which the class of torchvision gives the training set and the test set; None if it has one split.
 SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), _BOOLEAN),
     "EMNIST": ({"split": "balanced", "train": True}, {"split": "balanced", "train": False}),
@@ -42,7 +42,7 @@ SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
 
 
 class TorchvisionSets:
-    """The family: pictures with one label each, in the folder `<data-dir>/torchvision/<name>/`."""
+    """The plugin family of these sets, all with one label for each picture, in `<data-dir>/torchvision/<name>/`."""
 
     @staticmethod
     def names() -> list[str]:
@@ -53,7 +53,8 @@ class TorchvisionSets:
     def build(name: str, data_dir: Path, *, download: bool = True) -> dict[str, Any]:
         """The set of torchvision's class `name`, downloaded first if its folder is not there.
 
-        A class that knows no test split holds out a fifth of each class, chosen by hash. Raises DataError.
+        If torchvision has no test split, a fifth of the pictures of each class is the test set, chosen by a hash.
+        Raises DataError.
         """
         root = data_dir / "torchvision" / name
         parts = SPLITS[name]
@@ -94,10 +95,10 @@ class TorchvisionSets:
 
 
 def fetch(target: Path, make: Callable[[Path], Path], looked: str) -> Path:
-    """The folder `target`, made first if it is not there: whole or not at all, by one process while others wait.
+    """The folder `target`, made first if it is not there: completely or not at all, by one process while others wait.
 
-    make: fills the empty folder that it is given, and returns what becomes `target`. looked: the beginning of the
-    error line if that fails, since it is mostly the network that fails. Raises DataError, ProcessError.
+    make: is given an empty folder to fill, and returns the folder that becomes `target`. looked: where the data set has
+    been looked for, as the beginning of the error message if `make` fails. Raises DataError, ProcessError.
     """
     if target.is_dir():
         return target
@@ -106,14 +107,16 @@ def fetch(target: Path, make: Callable[[Path], Path], looked: str) -> Path:
         deadline = time.monotonic() + DOWNLOAD_SECONDS
         while not lock.acquire():
             if time.monotonic() > deadline:
-                raise ProcessError(f"{looked}; {lock.owner()} is downloading it for over {DOWNLOAD_SECONDS:g} s")
+                raise ProcessError(f"{looked}; {lock.owner()} has been downloading it for over {DOWNLOAD_SECONDS:g} s")
             time.sleep(0.05)
         if not target.is_dir():
             with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as part:
                 make(Path(part)).rename(target)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{looked}, and no download ({reason}); --dataset digits needs neither") from error
+        raise DataError(
+            f"{looked}, and the download failed ({reason}); try again, or --dataset digits, which needs no download"
+        ) from error
     finally:
         lock.release()
     return target
@@ -129,7 +132,7 @@ def class_of(name: str) -> Any:
 
 
 def _labels(pictures: Any) -> Labels:
-    """The labels of a set of torchvision, int64 [N]; from the place where it keeps them, else by reading all of it."""
+    """The labels of a data set of torchvision, int64 [N]: from an attribute of it, else by reading every picture."""
     for name in ("targets", "labels", "_labels", "y"):
         kept = getattr(pictures, name, None)
         if kept is not None and len(kept) == len(pictures):
@@ -138,7 +141,7 @@ def _labels(pictures: Any) -> Labels:
 
 
 def _digest_of(root: Path) -> str:
-    """Changes with the names, sizes and times of the files of a folder, so that a start need not read them."""
+    """A digest of the names, sizes and times of the files in a folder. Does not read the files."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     rows = [(path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(canonical_json(rows)).hexdigest()

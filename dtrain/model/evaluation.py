@@ -1,4 +1,4 @@
-"""One exact pass over a split: every image is seen once, and the counts are equal for any number of processes."""
+"""An evaluation: one exact pass over a split, whose counts are the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dtrain.world import Ask, Clock, World
 
 
 class Chunks(Protocol):
-    """This process's part of a split, read in rounds, of which every process has the same number."""
+    """This process's part of a split, in batches. Each process takes part in the same number of rounds."""
 
     @property
     def rounds(self) -> int:
-        """As many as the process with the largest part needs, so that all processes meet in every round."""
+        """The number of rounds: the number of batches of the process that has most of them."""
         ...
 
     def batch(self, turn: int) -> Batch | None:
@@ -39,7 +39,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        module.train(modes[0][1])  # for a network whose own `train` does more than to set a flag
+        module.train(modes[0][1])  # some networks override `train` and do more in it than to set the flags
         for each, training in modes:
             each.training = training
 
@@ -47,11 +47,12 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def evaluate(
     network: Network, modules: Mapping[str, nn.Module], chunks: Chunks, world: World, clock: Clock
 ) -> tuple[dict[str, Sums] | None, Ask]:
-    """Evaluate each of `modules`, named "raw" and "ema", on all chunks.
+    """Evaluate each of `modules` on all chunks. Their names are "raw" for the weights and "ema" for their average.
 
-    Returns the sums over all processes by name, or None where the processes agreed to stop before the end, and what
-    they agreed on meanwhile, for the loop to act on. Rank 0's buffers are those that a checkpoint holds, so they are
-    sent to the other processes first. Collective; one host sync, at the end. Modes of modules are as before afterwards.
+    Returns two values: the sums over all processes by name, or None if the processes agreed to stop before the end; and
+    the save or stop that they agreed on during the evaluation, which the training loop has to act on.
+    Rank 0's buffers are sent to the other processes first, since these are the ones that a checkpoint holds.
+    Afterwards each module is in the mode that it was in before. Collective; one host sync, at the end.
     """
     sums = {name: no_sums(network.device) for name in modules}
     save = False

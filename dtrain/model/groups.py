@@ -1,10 +1,10 @@
-"""Parameter groups: which parameters decay, at which rate and from which epoch on they are trained, what each is for.
+"""Parameter groups: which parameters have weight decay, which learning rate, and from which epoch on they are trained.
 
-head_of        which parameters give the logits
-frozen_until   `--freeze` as an epoch for each parameter
-freeze         what is frozen for the whole run, before the network is wrapped
-Frozen         what is frozen until an epoch, during training
-grouped        all of it as groups, which `optimization.build_optimizer` gives to the optimizer
+head_of        the parameters of the head, which computes the logits
+frozen_until   reads `--freeze`: the epoch from which on each frozen parameter is trained
+freeze         freezes what is frozen for the whole run, before the network is wrapped in DDP
+Frozen         keeps what is frozen until an epoch from being trained before it
+grouped        makes the groups, which `optimization.build_optimizer` gives to the optimizer
 
 Groups hold names and not tensors, so that they can be made before the network is moved, compiled or wrapped.
 """
@@ -26,17 +26,18 @@ from torch.nn.modules.conv import _ConvNd
 from dtrain.errors import PluginError, UsageError, nearest
 
 Role = Literal["filter", "head", "embedding", "vector"]
-FOREVER = math.inf  # an epoch that no run reaches
-NAMED = 3  # parameters in a line of `group_rows`
-MATCH_PREVIOUS = 99999  # timm's mark in a group_matcher: this belongs to the layer before it
+FOREVER = math.inf  # the epoch of what is frozen for the whole run
+NAMED = 3  # the most parameters that a line of `group_rows` lists by name
+MATCH_PREVIOUS = 99999  # timm's suffix in a group_matcher for what belongs to the layer before it
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that the optimizer treats alike, by name, in their order in the network; roles: one for each.
+    """Parameters that the optimizer treats alike.
 
-    lr: their peak learning rate, in which lr_scale, the factor of `--layer-decay` in (0, 1], is contained.
-    frozen_until: the epoch (0-based) from which on they are updated.
+    params: their names, in their order in the network. roles: the role of each; see `roles_of`. decays: whether weight
+    decay applies to them. lr: their peak learning rate, already multiplied by lr_scale. lr_scale: the factor of
+    `--layer-decay` for them, in (0, 1]. frozen_until: the epoch (0-based) from which on they are trained.
     """
 
     name: str
@@ -52,12 +53,13 @@ class Group:
 
 
 def head_of(module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> tuple[str, ...]:
-    """The names of the parameters that give the logits, auxiliary logits included.
+    """The names of the head's parameters, which are those that compute the logits, auxiliary logits included.
 
-    They are what `module.head_names()` names, parameters or modules, where the network has that method. Otherwise,
-    for each tensor of logits in `output`, the parameter with two dimensions or more that is fewest operations away
-    from it in autograd's graph (all of them at a tie), with the other parameters of its module. Empty where the graph
-    shows none. Raises PluginError for a name that the network does not have.
+    If the network has a method `head_names()`, it returns their names, or names of the modules that hold them.
+    Otherwise they are found in autograd's graph of `output`: for each tensor of logits, the parameter with two
+    dimensions or more that is the fewest operations away from it (all of these if there are several), and the other
+    parameters of the same module. The result is empty if the graph has no such parameter. Raises PluginError if
+    `head_names()` gives a name that the network does not have.
     """
     names = [name for name, _ in module.named_parameters()]
     if callable(own := getattr(module, "head_names", None)):
@@ -76,7 +78,7 @@ def head_of(module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> tuple[str
 
 
 def _nearest(logits: Tensor, known: Mapping[int, str]) -> list[Tensor]:
-    """The known parameters of two dimensions or more nearest to `logits` in its graph, breadth first."""
+    """The parameters among `known`, with two dimensions or more, that are nearest to `logits` in its autograd graph."""
     level = {logits.grad_fn} if logits.grad_fn is not None else set()
     seen = set(level)
     while level:
@@ -89,7 +91,7 @@ def _nearest(logits: Tensor, known: Mapping[int, str]) -> list[Tensor]:
 
 
 def roles_of(module: nn.Module, head: Iterable[str] = ()) -> dict[str, Role]:
-    """What each parameter is for, by its properties and never by its name or place.
+    """The role of each parameter, decided by its properties and never by its name.
 
     vector: fewer than two dimensions. embedding: the weight of an nn.Embedding or EmbeddingBag, or a parameter whose
     first dimension is 1 and that belongs to no convolution or linear layer, such as a position embedding, a class token
@@ -118,11 +120,12 @@ def _embeds(parameter: Tensor, owner: nn.Module) -> bool:
 
 
 def frozen_until(patterns: Sequence[str], module: nn.Module) -> dict[str, float]:
-    """The epoch (0-based) from which on each frozen parameter is trained, FOREVER for none; by `--freeze`.
+    """The epoch (0-based) from which on each frozen parameter is trained; FOREVER if it is frozen for the whole run.
 
-    patterns: `PATTERN` or `PATTERN@EPOCH`, matched against names of parameters as file names are (`*`, `?`, `[...]`).
-    Of several that match one parameter the longest lasting counts. Raises UsageError for a pattern that matches
-    nothing, an epoch that is no whole number above 0, and where nothing would be left to train.
+    patterns: the values of `--freeze`, each `PATTERN` or `PATTERN@EPOCH`, with the wildcards of file names (`*`, `?`,
+    `[...]`). If several patterns match a parameter, the one that freezes it longest applies. Raises UsageError for a
+    pattern that matches no parameter, an epoch that is not a whole number above 0, and if no parameter would be trained
+    from the start.
     """
     names, until = [name for name, _ in module.named_parameters()], dict[str, float]()
     for text in patterns:
@@ -137,15 +140,17 @@ def frozen_until(patterns: Sequence[str], module: nn.Module) -> dict[str, float]
             until[name] = max(until.get(name, 0.0), int(epoch) if at else FOREVER)
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     if until and all(name in until for name in trained):
-        raise UsageError(f"--freeze {','.join(patterns)}: no parameter is left to be trained from the start; give less")
+        raise UsageError(
+            f"--freeze {','.join(patterns)}: no parameter is left to be trained from the start; freeze fewer"
+        )
     return until
 
 
 def freeze(module: nn.Module, until: Mapping[str, float]) -> None:
-    """Take what is frozen for the whole run out of training: no gradient is computed for it, its norms keep still.
+    """Freeze what is frozen for the whole run: it gets no gradient, and its batch norms go into evaluation mode.
 
-    Batch norms of which every parameter is frozen go into evaluation mode. Call it before the network is wrapped:
-    DistributedDataParallel decides once which parameters have gradients.
+    A batch norm is put into evaluation mode if all its parameters are frozen. Call this before the network is wrapped:
+    DistributedDataParallel decides only once which parameters have gradients.
     """
     for name, parameter in module.named_parameters():
         if until.get(name) == FOREVER:
@@ -156,9 +161,9 @@ def freeze(module: nn.Module, until: Mapping[str, float]) -> None:
 
 
 def _norms(module: nn.Module, until: Mapping[str, float]) -> Iterator[tuple[nn.Module, float]]:
-    """Each batch norm (or relative of it) with the epoch until which all its parameters are frozen.
+    """Each batch norm or similar layer, with the epoch until which all its parameters are frozen.
 
-    One that has no parameters goes with the module around it.
+    If it has no parameters of its own, those of the module around it decide.
     """
     names = [name for name, _ in module.named_parameters()]
     for name, norm in module.named_modules():
@@ -172,9 +177,10 @@ def _norms(module: nn.Module, until: Mapping[str, float]) -> Iterator[tuple[nn.M
 
 
 class Frozen:
-    """What of a module is frozen until an epoch. Its parameters stay in the graph, since DDP expects their gradients.
+    """Keeps parts of a module frozen until an epoch.
 
-    Build it while every module is in the mode that the run begins with.
+    Gradients of the frozen parameters are still computed, since DDP expects them, but they are dropped before the
+    update. Create it while every module is in the mode in which the run begins.
     """
 
     def __init__(self, module: nn.Module, until: Mapping[str, float]) -> None:
@@ -183,12 +189,15 @@ class Frozen:
         self._norms = [(norm, epoch, norm.training) for norm, epoch in staged]
 
     def hold(self, epoch: int) -> None:
-        """Before the forward pass of a step in `epoch` (0-based): give batch norms the mode they have in it."""
+        """Put batch norms into their mode for `epoch` (0-based). Call it before the forward pass of each step."""
         for norm, until, training in self._norms:
             norm.training = training and epoch >= until
 
     def drop_gradients(self, epoch: int) -> None:
-        """After the backward pass: the update leaves out what has no gradient, and makes no state for it."""
+        """Drop the gradients of what is frozen in `epoch` (0-based). Call it after the backward pass of each step.
+
+        The optimizer then skips these parameters, and makes no state for them.
+        """
         for parameter, until in self._parameters:
             if epoch < until:
                 parameter.grad = None
@@ -206,11 +215,12 @@ def grouped(
     layer_decay: float | None = None,
     head_lr: float | None = None,
 ) -> list[Group]:
-    """The groups of all parameters that need gradients: those that decay first, each group in the network's order.
+    """The groups of all parameters that require gradients. Groups with weight decay come first.
 
-    lr: peak rate. head: names, as `head_of` gives them. until: as `frozen_until` gives it. layer_decay: each layer's
-    rate is this times that of the next one towards the head. head_lr: the head's peak rate in place of `lr`.
-    What has fewer than two dimensions, embeddings, and what a module's `no_weight_decay()` names do not decay.
+    lr: the peak learning rate. head: the names that `head_of` returns. until: what `frozen_until` returns. layer_decay:
+    each layer's rate is this factor times that of the next layer towards the head. head_lr: the head's peak rate in
+    place of `lr`. Weight decay does not apply to parameters with fewer than two dimensions, to embeddings, and to what
+    a module's `no_weight_decay()` names.
     """
     roles, exempt, until = roles_of(module, head), _without_decay(module), until or {}
     depths = _depths(module, set(head)) if layer_decay is not None else {}
@@ -232,7 +242,7 @@ def grouped(
 
 
 def _without_decay(module: nn.Module) -> set[str]:
-    """The parameters that `no_weight_decay()` of the network, or of a module in it, names; patterns as in --freeze."""
+    """The parameters that `no_weight_decay()` of the network or of a module in it names; may use wildcards."""
     names, exempt = [name for name, _ in module.named_parameters()], set[str]()
     for prefix, each in module.named_modules():
         if callable(own := getattr(each, "no_weight_decay", None)):
@@ -242,7 +252,7 @@ def _without_decay(module: nn.Module) -> set[str]:
 
 
 def _depths(module: nn.Module, head: set[str]) -> dict[str, int]:
-    """How many layers each parameter is away from the head, which is 0."""
+    """How many layers each parameter is away from the head. The head itself has 0."""
     if callable(matcher := getattr(module, "group_matcher", None)):
         layers = _layers_by_matcher([name for name, _ in module.named_parameters()], matcher())
     else:
@@ -252,10 +262,11 @@ def _depths(module: nn.Module, head: set[str]) -> dict[str, int]:
 
 
 def _layers_by_order(module: nn.Module, head: set[str]) -> dict[str, int]:
-    """A number for the layer of each parameter, from 0: by the order in which the blocks are registered.
+    """The layer number of each parameter, from 0, by the order in which the network's blocks are registered.
 
-    A block is a child of the network, or of a Sequential or ModuleList in it; one without filters, such as a norm,
-    belongs to the block before it. What the network itself holds belongs to the first, and the head is the last.
+    A block is a child of the network, or of a Sequential or ModuleList in it. A block whose parameters all have fewer
+    than two dimensions, such as a norm, belongs to the layer before it. Parameters of the network itself belong to the
+    first layer, and the head is the last.
     """
     rest = {name: parameter.ndim for name, parameter in module.named_parameters() if name not in head}
     layers, layer, filled = dict[str, int](), 0, False
@@ -278,10 +289,11 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
 
 
 def _layers_by_matcher(names: Sequence[str], matcher: Mapping[str, Any] | Callable[[str], Any]) -> dict[str, int]:
-    """A number for the layer of each parameter by timm's `group_matcher()`: expressions by name, or a function.
+    """The layer number of each parameter by timm's `group_matcher()`: a mapping of regular expressions, or a function.
 
-    An entry is a regular expression, or a list of (expression, suffix). The layer's key is the entry's place, the
-    expression's groups, and the suffix; what nothing matches (the head) comes last.
+    An entry of the mapping is a regular expression, or a list of (expression, suffix). Layers are sorted by a key: the
+    position of the entry, the groups that the expression matched, and the suffix. What matches nothing, which is the
+    head, comes last.
     """
     keys = {name: _key_of(name, matcher) for name in names}
     layers, layer = dict[tuple[float, ...], int](), -1
@@ -307,9 +319,10 @@ def _key_of(name: str, matcher: Mapping[str, Any] | Callable[[str], Any]) -> tup
 
 
 def group_rows(optimizer: torch.optim.Optimizer, groups: Sequence[Group], module: nn.Module) -> list[tuple[str, str]]:
-    """The optimizer's own groups for `--dry-run`: one row for each role in one, and one for what is never trained.
+    """The optimizer's groups as a table for `--dry-run`, by role; the last row is for what is never trained.
 
-    groups: what the optimizer was built from; rates and decays are those that it made of them.
+    groups: the groups that the optimizer was built from. Rates and decays are those in the optimizer itself, which may
+    have changed them.
     """
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     name_of = {id(parameter): name for name, parameter in module.named_parameters()}

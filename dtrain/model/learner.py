@@ -1,4 +1,4 @@
-"""All of a run that learns, saved and restored as one: network, optimizer, loss scaler, EMA, and what is frozen."""
+"""The state of learning, saved and restored as one: network, optimizer, loss scaler and EMA."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ NOTHING_FROZEN = Frozen(nn.Module(), {})
 
 @dataclass(frozen=True)
 class Learner:
-    """What a checkpoint of a run's learning holds; `restore` brings it back to where `parts` and `counts` were taken.
+    """The network with all that changes with it in training. A checkpoint holds its `parts` and `counts`.
 
-    ema: the average of the weights, None without --ema. frozen: what --freeze keeps from being trained until an epoch.
+    scaler: the loss scaler, which is active for float16 only. ema: the moving average of the weights; None without
+    --ema. frozen: what --freeze keeps from being trained until an epoch.
     """
 
     network: Network
@@ -45,9 +46,9 @@ class Learner:
         }
 
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, Any]) -> None:
-        """Go back to a checkpoint's `parts` and to what `counts` returned then.
+        """Restore the state of a checkpoint from its `parts` and `counts`.
 
-        Raises UsageError where they are another network's, StorageError where they are another optimizer's or hold a
+        Raises UsageError if they belong to another network, StorageError if they belong to another optimizer or hold a
         count that this version of dtrain does not know.
         """
         refuse_unknown_keys("state.json", counts, self.counts())
@@ -69,9 +70,10 @@ class Learner:
 def learner_of(
     network: Network, optimizer: torch.optim.Optimizer, *, ema: float | None = None, until: Mapping[str, float]
 ) -> Learner:
-    """The network and its optimizer with a loss scaler, which float16 needs.
+    """A learner of this network and optimizer, with a new loss scaler and EMA.
 
-    ema: the decay of the average, None for none. until: what is frozen for how long (`groups.frozen_until`).
+    ema: the decay of the EMA; None for no EMA. until: the epoch until which each parameter is frozen; see
+    `groups.frozen_until`.
     """
     scaler = torch.amp.GradScaler(network.device.type, enabled=network.dtype == torch.float16)
     average = Average(network.module, ema) if ema is not None else None

@@ -1,12 +1,12 @@
-"""Sums of losses and hits in int64, which are equal to the bit however a run is divided.
+"""Sums of losses and hits in int64, which are the same to the bit for any number of processes and after any resume.
 
-A float sum depends on the order in which it is added up, and so on the number of processes and on where a run was
-stopped. Integers do not, so losses are added as multiples of 2^-20. Legend: N images, K classes.
+A sum of floats depends on the order of the additions, and so on the number of processes and on where a run was stopped.
+A sum of integers does not, so losses are added up as multiples of 2^-20. Legend: N images, K classes.
 
 sums_of   the sums of one batch, int64 [7] on the device
-Outcome   one training step: its sums, its losses, and whether its update was skipped
-Tally     the outcomes since they were last read, and which of them was the first to go wrong
-Sums      the sums of all processes, read to the host
+Outcome   the result of one training step: its sums, its losses, and whether its update was skipped
+Tally     the outcomes since the last log point, added up, and the first step among them that went wrong
+Sums      the sums over all processes, on the host
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from dtrain.plan import Plan
 from dtrain.world import World
 
 LOSS_UNIT = 2.0**-20  # a loss of 2.3 is 2,411,724 units
-# A larger loss counts as one that is not finite: the network diverged. The int64 of one interval holds all images of
-# fewer than 2^23 where each has this loss, and of fewer than 2^42 at a mean loss of 2.
+# A larger loss is treated like one that is not finite: the network has diverged. With this limit, the int64 sum of one
+# log interval cannot overflow for fewer than 2^23 images, and at a mean loss of 2 for fewer than 2^42.
 LARGEST_LOSS = 2.0**20
 FIELDS = 7  # images, hits, hits among the first five, loss units, non-finite losses, skipped steps, checksum
 SKIPPED, CHECKSUM = 5, 6
-NEVER = 2**62
+NEVER = 2**62  # the number of the first faulty step, while there is none
 
 
 def no_sums(device: torch.device) -> Tensor:
-    """Where adding up begins: int64 [7] of zeros on `device`."""
+    """Sums of no images: int64 [7] of zeros on `device`."""
     return torch.zeros(FIELDS, dtype=torch.int64, device=device)
 
 
 def is_countable(losses_N: Tensor) -> Tensor:
-    """Which losses are finite and at most LARGEST_LOSS, bool [N]: sums count the others, and add nothing for them."""
-    return losses_N.abs() <= LARGEST_LOSS  # NaN is not
+    """Which losses are finite and at most LARGEST_LOSS, bool [N]. The others are counted, but not added to a sum."""
+    return losses_N.abs() <= LARGEST_LOSS  # false for NaN
 
 
 def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) -> Tensor:
-    """The sums of one batch, which are added over batches and processes, and divided once, at the end.
+    """The sums of one batch, to be added up over batches and processes, and divided only at the end.
 
-    losses_N: (N,) float32; logits_NK: (N, K) any float type; labels: (N,) int64 in [0, K), or shares of the classes,
-    (N, K) float32, of which the largest counts as right (at a tie each of them), and without `top5`.
-    Returns (7,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), losses in units of 2^-20,
-    the count of losses that are not finite or larger than LARGEST_LOSS, which add nothing to the sum, and 0 in the
-    places of the count of skipped steps and of the batch's checksum. For K < 5 top-5 is top-K. No host sync.
+    losses_N: (N,) float32; logits_NK: (N, K) any float type; labels: (N,) int64 in [0, K), or, for mixed images, the
+    weights of the classes, (N, K) float32: the class of the largest weight is then the right one (at a tie each of
+    them), and `top5` must be False.
+    Returns (7,) int64 on the same device: images, top-1 hits, top-5 hits (0 unless `top5`), the sum of the losses in
+    units of 2^-20, the number of losses that are not in it because they are not finite or larger than LARGEST_LOSS, and
+    two zeros, in the places of the number of skipped steps and of the batch's checksum, which `train_step` fills in.
+    For K < 5 top-5 is top-K. No host sync.
     """
     countable_N = is_countable(losses_N)
     units = (torch.where(countable_N, losses_N, 0.0) / LOSS_UNIT).round().to(torch.int64).sum()
@@ -66,7 +68,7 @@ def sums_of(losses_N: Tensor, logits_NK: Tensor, labels: Tensor, *, top5: bool) 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to on this process, on its device: sums int64 [7], losses float32 [N], skipped bool []."""
+    """The result of one step on this process, on its device: sums int64 [7], losses float32 [N], skipped bool []."""
 
     sums: Tensor
     losses: Tensor
@@ -77,8 +79,8 @@ class Outcome:
 class Fault:
     """The first step that went wrong.
 
-    step: how many updates were done after it, as rows count steps. positions: where in its global batch the images lie
-    whose loss is not finite, in ascending order; none if only the gradient is not.
+    step: its number, counted from 1, as in the rows of metrics.jsonl. positions: the positions in its global batch of
+    the images whose loss is not finite, ascending; empty if only the gradient is not finite.
     """
 
     step: int
@@ -86,10 +88,10 @@ class Fault:
 
 
 class Tally:
-    """The outcomes of this process's steps since they were last read. Adding one does not wait for the device.
+    """The outcomes of this process's steps since `begin_anew`, added up. Adding one does not wait for the device.
 
-    largest_share: the most images of this process in any step. streak: updates skipped in a row up to now, int64 [],
-    which a read leaves alone; longest: the most since the last read.
+    largest_share: the most images of this process in any step. streak: the number of updates skipped in a row up to
+    now, int64 []; `begin_anew` does not reset it. longest: the longest such streak since `begin_anew`.
     """
 
     def __init__(self, device: torch.device, largest_share: int, streak: int = 0) -> None:
@@ -97,8 +99,8 @@ class Tally:
         self.streak = torch.tensor(streak, device=device)
         self.longest = self.streak.clone()
         self._steps = 0
-        self._first = torch.tensor(NEVER, device=device)  # which of these steps, from 0, was the first with a fault
-        self._faulty_N = torch.zeros(largest_share, dtype=torch.bool, device=device)  # of that step's share
+        self._first = torch.tensor(NEVER, device=device)  # the first faulty step, counted from 0 since `begin_anew`
+        self._faulty_N = torch.zeros(largest_share, dtype=torch.bool, device=device)  # which images of it are faulty
 
     def __iadd__(self, outcome: Outcome) -> Tally:
         self.sums += outcome.sums
@@ -113,9 +115,10 @@ class Tally:
         return self
 
     def first_fault(self, world: World, plan: Plan, step: int) -> Fault:
-        """The first fault on any process since the last read; call it after `step` updates, if there was a fault.
+        """The first fault on any process since `begin_anew`. Call it only if there was one.
 
-        plan: says where this process's share lay in the batch of that step. Collective, with a host sync.
+        step: the number of updates done so far. plan: tells which images of the batch were this process's share.
+        Collective; with a host sync.
         """
         mine = int(self._first)
         first = world.least(mine)
@@ -128,17 +131,17 @@ class Tally:
         return Fault(faulty_step, [position for position, faulty in enumerate(world.total(marks)) if faulty])
 
     def begin_anew(self) -> None:
-        """Forget what has been read, but for the streak."""
+        """Reset everything but the streak."""
         self.sums.zero_()
         self.longest = self.streak.clone()
         self._first.fill_(NEVER)
-        self._faulty_N.zero_()  # the next fault may be of a smaller share
+        self._faulty_N.zero_()  # the next fault may be in a step with a smaller share, which overwrites only a part
         self._steps = 0
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over all processes, read to the host: what a row of metrics.jsonl is computed from."""
+    """Sums over all processes, on the host, from which a row of metrics.jsonl is computed."""
 
     images: int
     hits: int
@@ -155,11 +158,11 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """The mean over the images whose loss was counted; NaN, which rows write as null, where there is none."""
+        """The mean over the images whose loss is finite; NaN, which is null in metrics.jsonl, if there are none."""
         finite = self.images - self.nonfinite
         return self.loss_units * LOSS_UNIT / finite if finite else math.nan
 
     @property
     def top1_fraction(self) -> float:
-        """Share of images whose class came first, in [0, 1]."""
+        """The top-1 accuracy as a fraction in [0, 1]."""
         return self.hits / max(1, self.images)

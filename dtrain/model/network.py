@@ -1,7 +1,7 @@
-"""A plugin's network, made ready: keyed weights, memory layout, compilation, a way to run in parallel; its average.
+"""Builds a plugin's network with its initial weights, and prepares it: memory layout, compilation, DDP. Also its EMA.
 
-`module` is what was built: it is saved, evaluated and averaged. `trained` computes with the same parameters; it may be
-compiled and in DDP.
+A prepared network has two modules with the same parameters. `module` is the one that the plugin built: it is saved,
+evaluated and averaged. `trained` is called in training: it may be compiled, and wrapped in DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ALONE = Alone()
 
 @dataclass
 class Network:
-    """What is trained, and how it is computed.
+    """The network that is trained, ready to be called.
 
-    dtype: of the arithmetic under autocast; float32 means no autocast. head: names of the parameters that give the
-    logits (`groups.head_of`). way: how the processes work together.
+    module, trained: see above. dtype: the data type of autocast; float32 means no autocast. head: the names of the
+    head's parameters (`groups.head_of`). way: how several processes train it together; see parallel.py.
     """
 
     module: nn.Module
@@ -40,15 +40,18 @@ class Network:
     way: Alone = ALONE
 
     def autocast(self) -> torch.autocast:
-        """The region of one forward pass; never open over an update, which would leave it with stale casts."""
+        """The autocast context for one forward pass.
+
+        Leave it before the update: autocast keeps copies of the weights in `dtype`, which would then be out of date.
+        """
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def keep_gradients_local(self) -> AbstractContextManager[Any]:
-        """The region of all micro-batches but the last: gradients add up on this process and travel once."""
+        """The context for all micro-batches but the last: their gradients are added up without communication."""
         return self.way.keep_gradients_local(self.trained)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, as they stand (no copy)."""
+        """Parameters and buffers by name; the tensors themselves, not copies."""
         return self.way.gather(self.module)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -61,7 +64,7 @@ def chosen_architecture(
 ) -> tuple[plugins.Plugin, Callable[..., Any], dict[str, Any]]:
     """The plugin that `arch` names, its function, and the options in `arch_opt`, read from text.
 
-    Raises PluginError where there is no such plugin or it cannot be imported, UsageError for an option.
+    Raises PluginError if there is no such plugin or it cannot be imported, UsageError for an option that does not fit.
     """
     plugin = plugins.find("architecture", arch)
     function = plugins.load(plugin)
@@ -71,7 +74,7 @@ def chosen_architecture(
 def build_module(
     arch: str, arch_opt: Mapping[str, str], *, seed: int, num_classes: int, in_channels: int, image_size: int
 ) -> nn.Module:
-    """The architecture's module with the weights that (seed, INIT) gives on every process. On the CPU, contiguous.
+    """The architecture's module, with initial weights that depend on `seed` alone. On the CPU, contiguous.
 
     Raises PluginError for anything the plugin raises, UsageError for options it does not take.
     """
@@ -95,15 +98,16 @@ def build_module(
 
 
 def mode_told(module: nn.Module, arch: str) -> str | None:
-    """A line of warning where an architecture returns its whole network in evaluation mode, else None.
+    """A warning if an architecture returns its whole network in evaluation mode, else None.
 
-    Modes are the builder's, module by module, and training keeps them: a frozen batch norm stays frozen.
+    Training keeps the mode of each module as the architecture's function set it, so that a frozen batch norm stays
+    frozen. A network that is in evaluation mode by mistake would not update its batch-norm statistics, nor use dropout.
     """
     if module.training:
         return None
     return (
-        f"architecture {arch} returns its network in evaluation mode: batch norm and dropout stay frozen as they are; "
-        "call .train() in the builder unless that is meant"
+        f"architecture {arch} returns its network in evaluation mode, which training keeps: batch-norm statistics are "
+        "not updated and dropout is off; call .train() in its function unless that is intended"
     )
 
 
@@ -126,8 +130,9 @@ def wrap(
 ) -> Network:
     """Move the module to its device and layout, make it ready for `world_size` processes, and compile it if asked.
 
-    sync_bn: batch norm's statistics are of all processes. moving_buffers: the output in training depends on buffers,
-    so that rank 0's are sent at every step. Raises UsageError for sync_bn without CUDA. Collective for more than one.
+    sync_bn: compute batch-norm statistics over all processes. moving_buffers: the output in training depends on
+    buffers, so rank 0's buffers are sent to all processes at every step. Raises UsageError for sync_bn without CUDA.
+    Collective if there is more than one process.
     """
     if sync_bn:
         if device.type != "cuda":
@@ -135,8 +140,8 @@ def wrap(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # torch's
     module = module.to(device).to(memory_format=layout(channels_last))  # before DDP, which records strides
     way = way_for(world_size, device, moving_buffers=moving_buffers)
-    # inside DDP: there torch cuts the graph at DDP's buckets, as it does in the other order, which leaves a network
-    # that is an nn.Sequential uncompiled (torch 2.14)
+    # compiled inside of DDP: in both orders torch splits the graph at DDP's buckets, but in the other order it does not
+    # compile a network that is an nn.Sequential (torch 2.14)
     inner: nn.Module = torch.compile(module, dynamic=False) if compiled else module  # type: ignore[assignment]
     return Network(module, way.wrap(inner), dtype, device, head, way)
 
@@ -144,9 +149,10 @@ def wrap(
 class Average:
     """The exponential moving average (EMA) of a module's parameters and buffers.
 
-    module: the averages, in a copy of the module that is in evaluation mode. updates: how many there were; the first
-    copies, each later one moves what is floating by `1 - decay` of the way to its value now, and copies what counts.
-    torch.optim.swa_utils computes the same, but reads its count from a tensor several times an update.
+    module: the averages, in a copy of the module that is in evaluation mode. updates: the number of updates so far. The
+    first one copies all values. Each later one moves floating-point values by the fraction `1 - decay` towards their
+    current value, and copies integers, such as counts of batches.
+    torch.optim.swa_utils computes the same, but reads its count from a tensor several times in each update.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -154,16 +160,17 @@ class Average:
         self.updates = 0
         self._decay = decay
         self._parameters = list(zip(self.module.parameters(), module.parameters(), strict=True))
-        # by owner and name: a network may put another tensor in the place of a buffer, not in that of a parameter
+        # by owner and name, since a network may replace a buffer by another tensor; parameters are never replaced
         found: dict[int, tuple[dict[str, Any], dict[str, Any], str]] = {}
         for mine, its in zip(self.module.modules(), module.modules(), strict=True):
             for name, buffer in its._buffers.items():
-                found.setdefault(id(buffer), (mine._buffers, its._buffers, name))  # a buffer of two modules counts once
+                # a buffer that two modules share is averaged once
+                found.setdefault(id(buffer), (mine._buffers, its._buffers, name))
         self._buffers = list(found.values())
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in what the module's values are now. No host sync; one launch or two for all tensors together."""
+        """Update the averages from the module's current values. No host sync; one or two kernels for all tensors."""
         pairs: list[tuple[Any, Any]] = list(self._parameters)
         pairs += [(mine[name], its[name]) for mine, its, name in self._buffers if its[name] is not None]
         moved = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]

@@ -1,8 +1,8 @@
 """Leaving out an update whose loss or gradient is not finite (`--on-nonfinite skip`).
 
-All processes must decide alike. After their all-reduce the gradients are equal on all of them, and a loss that is not
-finite on one process makes its gradient, and so that of all, not finite (`poisoned`). Each process therefore decides by
-its gradients alone, and no message is sent.
+All processes must make the same decision. Each decides by its gradients alone, which are equal on all processes after
+the all-reduce. A loss that is not finite on one process is made to give gradients that are not finite (`poisoned`), and
+these reach all processes. So no extra communication is needed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dtrain.errors import UsageError
 from dtrain.model.metrics import LARGEST_LOSS, is_countable
 
 GIVE_UP_STEPS = 20  # a run ends after so many skipped updates in a row: the cause is then not a single sample
-NAMED = 5  # samples that an error line names
+NAMED = 5  # the most samples that an error message lists
 
 
 def poisoned(loss: Tensor, losses_N: Tensor) -> Tensor:
-    """`loss`, or NaN if one of `losses_N` is not finite or too large to be counted.
+    """`loss`, or NaN if one of `losses_N` is not finite or larger than LARGEST_LOSS.
 
-    So that the gradient is not finite either: by itself an infinite loss may have a finite gradient.
+    This makes the gradient not finite either; an infinite loss alone may have a finite gradient.
     """
     faulty = ~is_countable(losses_N.detach()).all()
     return loss * torch.ones_like(loss.detach()).masked_fill(faulty, math.nan)
@@ -32,7 +32,7 @@ def poisoned(loss: Tensor, losses_N: Tensor) -> Tensor:
 def gradients_not_finite(module: nn.Module) -> Tensor:
     """Whether any gradient of `module` is not finite: bool [] on its device. One pass over gradients, no host sync."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    # by the largest absolute value: a sum of squares may overflow though all gradients are finite
+    # the maximum norm, since the sum of squares may overflow even if all gradients are finite
     return ~torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
 
 
@@ -53,8 +53,8 @@ class Before:
 def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
     """The tensors of an optimizer's state, all of them on `device`.
 
-    What its groups hold is taken for hyper-parameters, which an update does not change. Raises UsageError for state on
-    the host: it cannot be put back without waiting for the device.
+    Values in the optimizer's groups are left out, since they are hyper-parameters, which an update does not change.
+    Raises UsageError for state on the host: it cannot be put back without waiting for the device.
     """
     found = []
     for state in optimizer.state.values():
@@ -63,15 +63,18 @@ def state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> lis
                 found.append(value)
             elif value is not None:
                 raise UsageError(
-                    f"--on-nonfinite skip: {type(optimizer).__name__} keeps {key!r} on the host, which cannot be taken "
-                    "back without waiting for the device; give --opt-opt fused=true if it takes that, or "
-                    "--on-nonfinite stop"
+                    f"--on-nonfinite skip: {type(optimizer).__name__} keeps {key!r} on the host, where it cannot be "
+                    "restored without waiting for the device; give --opt-opt fused=true if the optimizer has that "
+                    "option, or --on-nonfinite stop"
                 )
     return found
 
 
 def told(step: int, samples: Sequence[int]) -> str:
-    """What went wrong first, for people. samples: those whose loss cannot be counted; none means: the gradient."""
+    """A message about the first step that went wrong.
+
+    samples: those whose loss is not finite or too large; if there are none, the gradient is not finite.
+    """
     named = ", ".join(map(str, sorted(samples)[:NAMED]))
     more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
     if not samples:

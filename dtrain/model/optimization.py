@@ -1,4 +1,4 @@
-"""The plugin's optimizer over parameter groups: chosen, built, clipped, and its state as named tensors."""
+"""The optimizer: which one is used and how it is built, gradient clipping, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dtrain.model.groups import Group
 from dtrain.settings.optimization import Optimization
 from dtrain.settings.values import flag_of
 
-# what a group says about the network, or about how this machine computes, and never about the run's numbers: a resume
-# keeps its own
+# The keys of a group that describe the network or how this machine computes. They do not affect the results, so they
+# are not saved, and a resume keeps those of the new optimizer.
 OWN_KEYS = (
     *("params", "param_names", "roles", "name", "decays", "lr_scale", "frozen_until"),
     *("fused", "foreach", "capturable", "differentiable"),
@@ -27,9 +27,9 @@ TINY = 2.0**-100  # a gradient times this is a finite float32, and so is the nor
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer that was asked for: the function of its plugin, and the options to call it with.
+    """The optimizer that the settings choose: the function of its plugin, and the options to call it with.
 
-    distribution: the package that it comes from, for errors. lr: the peak learning rate.
+    distribution: the package that it comes from, for error messages. lr: the peak learning rate.
     """
 
     name: str
@@ -40,18 +40,18 @@ class Choice:
 
     @property
     def weight_decay(self) -> float | None:
-        """The decay of what decays: the option's or the function's default; None where it takes no such option."""
+        """The weight decay, from the options or the function's default; None if the function has no such parameter."""
         decay: float | None = self.options.get("weight_decay", plugins.default_of(self.function, "weight_decay"))
         return decay
 
 
 def chosen_optimizer(asked: Optimization, by_hand: Collection[str] = ()) -> Choice:
-    """The optimizer that the settings name, with its options read from text and its peak rate.
+    """The optimizer that the settings name, with its options converted from text, and its peak learning rate.
 
-    momentum, nesterov and weight_decay are passed on where its function takes them. by_hand: the settings that the user
-    gave as flags; what a recipe says is left out where it is of no use. The rate is `lr`, or else the default of the
-    function. Raises PluginError; UsageError for an option, or a flag, that it has no use for, and where nobody says
-    which rate to use.
+    momentum, nesterov and weight_decay are passed on if the plugin's function has such parameters. by_hand: the
+    settings that were given as flags; if the function cannot take one of these it is an error, while one from a recipe
+    is ignored. The learning rate is `lr`, or else the default of the function. Raises PluginError; UsageError for an
+    option or a flag that the function cannot take, and if there is no learning rate.
     """
     plugin = plugins.find("optimizer", asked.opt)
     function = plugins.load(plugin)
@@ -115,10 +115,10 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 @torch.no_grad()
 def clip(module: nn.Module, largest: float) -> None:
-    """Scale the gradients of `module` down, all alike, where their norm is larger than `largest`.
+    """If the norm of all gradients of `module` together is larger than `largest`, scale them down to that norm.
 
-    As torch's clip_grad_norm_, also where the norm of finite gradients is no finite float32, of which torch's makes
-    zeros. Gradients that are not finite themselves stay so. No host sync; three passes over the gradients.
+    Does the same as torch's clip_grad_norm_, but also if the norm of finite gradients overflows float32; torch then
+    sets all gradients to zero. Gradients that are not finite stay so. No host sync; three passes over the gradients.
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if not gradients:
@@ -126,7 +126,7 @@ def clip(module: nn.Module, largest: float) -> None:
     norm = torch.nn.utils.get_total_norm(gradients)
     norm64 = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).norm()
     usual = norm.isfinite()
-    # in two factors, since their product may be too small for float32
+    # two multiplications, since the product of both factors may be too small for float32
     first = torch.where(usual, 1.0, TINY)
     then = torch.where(usual, (largest / (norm + 1e-6)).clamp(max=1.0), (largest / (norm64 * TINY)).float())
     torch._foreach_mul_(gradients, first)
@@ -134,10 +134,11 @@ def clip(module: nn.Module, largest: float) -> None:
 
 
 def zero_new_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's SGD zeros for the momentum that its next step would begin.
+    """Set the momentum that torch's SGD would allocate in its next step to zeros.
 
-    Under float16 its fused kernel does nothing where a gradient overflowed, and leaves momentum that it has only just
-    allocated as it was in memory. Momentum from zeros is the first gradient, as torch begins. No host sync.
+    Under float16, if a gradient has overflowed, SGD's fused kernel skips the update, but leaves newly created momentum
+    as uninitialised memory. Momentum that begins with zeros equals the gradient after the first update, which is the
+    value that torch itself begins with, so nothing else changes. No host sync.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
@@ -156,7 +157,7 @@ class Packed:
 
 
 def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
-    """The state by names of parameters, not copied, and the hyper-parameters of the groups without OWN_KEYS."""
+    """The optimizer's state by names of parameters, not copied, and its groups' hyper-parameters without OWN_KEYS."""
     names = {id(p): name for name, p in module.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -169,11 +170,11 @@ def pack(optimizer: torch.optim.Optimizer, module: nn.Module) -> Packed:
 
 
 def unpack(optimizer: torch.optim.Optimizer, module: nn.Module, packed: Packed) -> None:
-    """Restore `pack`'s result into this optimizer: each tensor in its own type and in its parameter's strides.
+    """Restore what `pack` returned into this optimizer: each tensor in its own type, with its parameter's strides.
 
-    Files keep no strides, and fused SGD and Adam silently give wrong weights where a momentum buffer is laid out
-    otherwise than its parameter; torch's `load_state_dict` casts what is not of the parameter's type.
-    Raises StorageError where the groups are not those of this optimizer.
+    torch's `load_state_dict` is not used, because it casts state to the parameter's type. The strides have to be set
+    because files do not keep them, and fused SGD and Adam silently compute wrong weights if a momentum buffer has
+    another memory layout than its parameter. Raises StorageError if the state does not belong to this optimizer.
     """
     groups = packed.scalars["groups"]
     if len(groups) != len(optimizer.param_groups):
@@ -199,7 +200,7 @@ def unpack(optimizer: torch.optim.Optimizer, module: nn.Module, packed: Packed) 
 
 
 def _placed(value: Tensor, parameter: Tensor, key: str, fused: bool) -> Tensor:
-    """A copy of `value` beside its parameter, laid out as that is where it has its shape."""
+    """A copy of `value` on the parameter's device, with the parameter's strides if it has the same shape."""
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     # torch's optimizers count steps on the host unless their kernel reads the count
@@ -207,5 +208,5 @@ def _placed(value: Tensor, parameter: Tensor, key: str, fused: bool) -> Tensor:
 
 
 def _lists_as_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON turns Adam's betas into a list."""
+    """The group with tuples again, which JSON has turned into lists, such as Adam's betas."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}

@@ -1,9 +1,9 @@
-"""Ways to train one module on several processes: what is called in training, when gradients travel, what is saved.
+"""Ways to train one module on several processes: how it is wrapped, when gradients are averaged, what is saved.
 
-Alone        this process alone: nothing travels
-Replicated   a copy on every process, whose gradients are averaged by DistributedDataParallel (DDP)
+Alone        a single process, without communication
+Replicated   a copy on every process, whose gradients DistributedDataParallel (DDP) averages
 
-Another way is another class with the same three methods, and a line in `way_for`.
+To add a way, add a class with the same three methods, and a line to `way_for`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else 
 
 
 class Alone:
-    """One process. Also the base of the other ways."""
+    """Training on a single process. Also the base class of the other ways."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """What is called in training, on the parameters of `module` themselves."""
+        """The module that is called in training. It has the same parameters as `module`."""
         return module
 
     def keep_gradients_local(self, trained: nn.Module) -> AbstractContextManager[Any]:
-        """The region of all micro-batches but the last: gradients add up on this process and travel once."""
+        """The context for all micro-batches but the last: their gradients are added up without communication."""
         return contextlib.nullcontext()
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
-        """Parameters and buffers by name, whole on this process, as they stand (no copy)."""
+        """Parameters and buffers by name, complete on this process; the tensors themselves, not copies."""
         return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
@@ -43,7 +43,7 @@ class Alone:
 class Replicated(Alone):
     """DistributedDataParallel on the default process group.
 
-    moving_buffers: the output in training depends on buffers, so that rank 0's are sent before every forward pass.
+    moving_buffers: the output in training depends on buffers, so rank 0's buffers are sent before every forward pass.
     """
 
     device: torch.device
@@ -55,7 +55,7 @@ class Replicated(Alone):
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             **{_BUFFERS: self.moving_buffers},  # type: ignore[arg-type]  # one keyword, named by torch's version
-            gradient_as_bucket_view=True,  # saves a copy of all gradients; 1.1x by wall clock on two gloo ranks
+            gradient_as_bucket_view=True,  # avoids a copy of all gradients; steps are 1.1x as fast on two gloo ranks
         )
 
     def keep_gradients_local(self, trained: nn.Module) -> AbstractContextManager[Any]:

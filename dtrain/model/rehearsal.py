@@ -1,8 +1,8 @@
-"""Passes through the network before training, so that what is wrong with it is told at once, in one line.
+"""Trial passes through the network before training, so that a mistake in it is reported at once, in one line.
 
-The last two go through the wrapped network for another reason too: DistributedDataParallel groups gradients into
-buckets anew after its first backward pass, and other buckets add up in another order. Without a rehearsal a resumed run
-on 3 or 4 processes would differ in rounding from one that was not stopped.
+The two passes in `rehearse`, through the wrapped network, are needed for another reason too. DistributedDataParallel
+regroups gradients into other buckets after its first backward pass, and in other buckets they are added up in another
+order. Without these passes, a resumed run on 3 or 4 processes would round differently from one that was never stopped.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dtrain.model.step import loss_of
 from dtrain.runtime import is_out_of_memory
 from dtrain.world import World
 
-LARGEST = 1024  # pixels a side: the largest images that are tried where a network cannot take the smaller ones
+LARGEST = 1024  # pixels a side; larger images are not tried when the smallest size that works is looked for
 
 
 def noise(
     seed: int, shape: tuple[int, int, int, int], dtype: torch.dtype, memory_format: torch.memory_format
 ) -> Tensor:
-    """Keyed images for a rehearsal: (N, C, H, W) in [-1, 1) in the layout asked for, the same on every process."""
+    """Random images for a trial pass: (N, C, H, W) in [-1, 1), in the given memory format, equal on every process."""
     count = int(np.prod(shape))
     values = key(seed, Stream.REHEARSAL, np.arange(count, dtype=np.uint64)) >> np.uint64(40)
     images = torch.from_numpy((values.astype(np.float32) / 2.0**23 - 1.0).reshape(shape))
@@ -37,11 +37,12 @@ def noise(
 
 
 def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bool:
-    """Whether the output in training depends on float buffers: then every process must train with rank 0's.
+    """Whether the output in training depends on buffers that training changes.
 
-    In batch norm it does not depend on the statistics; in a layer that normalises by a running mean it does. Modules
-    in evaluation mode do not count: nothing moves their buffers, so that they stay equal on all processes. The module
-    is left as it was.
+    If so, every process has to use rank 0's buffers, or the processes would train different networks. The output of
+    batch norm in training does not depend on its running statistics; that of a layer that normalises by a running mean
+    does. Buffers of modules in evaluation mode are ignored, since they do not change and so stay equal on all
+    processes. Makes two forward passes with different buffers and compares them; the module is left as it was.
     """
     moving = {id(b) for each in module.modules() if each.training for b in each.buffers(recurse=False)}
     floats = {id(b) for b in module.buffers() if b.is_floating_point()} & moving
@@ -62,11 +63,11 @@ def buffers_move_output(module: nn.Module, images_NCHW: Tensor, seed: int) -> bo
 
 
 def first_output(module: nn.Module, images_NCHW: Tensor, arch: str, num_classes: int) -> tuple[str, ...]:
-    """Raise PluginError unless a first pass gives [N, num_classes] logits. Returns the head: what they come from.
+    """Make a first forward pass; raise PluginError unless it gives [N, num_classes] logits.
 
-    The pass is made in the modes that the module is in, with a graph, from which the names of the head's parameters
-    are read (`groups.head_of`). Buffers that a checkpoint keeps are left as they were; others may be caches that the
-    network knows to be filled.
+    Returns the names of the head's parameters, read from the autograd graph of this pass (`groups.head_of`). The
+    module's modes are not changed. Buffers in the state dict are restored afterwards; others are not, since they may be
+    caches that the network fills only once.
     """
     saved = {name: value.clone() for name, value in _saved_buffers(module).items()}
     size = f"{images_NCHW.shape[1]} x {images_NCHW.shape[2]} x {images_NCHW.shape[3]}"
@@ -99,10 +100,10 @@ def _unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def smallest_size_told(build: Callable[[int], nn.Module], channels: int, size: int) -> Iterator[None]:
-    """Where images that are too small cause a PluginError inside, add to it the smallest square size that works.
+    """If a PluginError inside of the `with` is caused by images that are too small, add the smallest size that works.
 
-    build: gives the module for a side in pixels. Only shapes are computed (on torch's meta device), which takes some
-    milliseconds for each size that is tried.
+    build: returns the module for images with this side in pixels. Sizes are tried on torch's meta device, which
+    computes shapes only, in some milliseconds for each size.
     """
     try:
         yield
@@ -123,7 +124,7 @@ def _smallest_size(build: Callable[[int], nn.Module], channels: int, size: int) 
             return False
         return True
 
-    if works(size):  # then shapes are not what is wrong
+    if works(size):  # the error is not about shapes
         return None
     fails, fits = size, 2 * size
     while not works(fits):
@@ -137,18 +138,19 @@ def _smallest_size(build: Callable[[int], nn.Module], channels: int, size: int) 
 
 
 def rehearse(network: Network, images_NCHW: Tensor, arch: str, num_classes: int, world: World) -> None:
-    """Make two forward and backward passes through the wrapped network; weights and buffers end as they began.
+    """Make two forward and backward passes through the wrapped network; then restore its weights and buffers.
 
-    images_NCHW: images of this process in the size, type and layout that it will train with. Raises PluginError for a
-    parameter that gets no gradient (DDP would wait for it forever), a state dict that cannot be loaded back, and a
-    buffer that training changes but no checkpoint holds. Collective.
+    images_NCHW: images of this process, with the size, data type and memory layout of its training images. Raises
+    PluginError for a parameter that gets no gradient (DDP would wait for it forever), a state dict that cannot be
+    loaded back, and a buffer that training changes but no checkpoint holds. Collective.
     """
     before = {name: value.detach().clone() for name, value in network.tensors().items()}
     labels_N = torch.arange(images_NCHW.shape[0], device=network.device) % num_classes
     unused = [] if world.size == 1 else _without_gradient(network, network.module, images_NCHW, labels_N)
     unsaved: dict[str, Tensor] = {}
     for _ in range(0 if unused else 2):
-        unsaved = _unsaved_buffers(network.module)  # as the first pass left them: a cache it fills is filled for good
+        # compared after the last pass: a cache that the network fills once is the same after both passes
+        unsaved = _unsaved_buffers(network.module)
         network.module.zero_grad(set_to_none=True)
         unused = _without_gradient(network, network.trained, images_NCHW, labels_N)
     if unused:

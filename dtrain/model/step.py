@@ -1,6 +1,6 @@
-"""One update from a batch, and the evaluation of one: tensors in, tensors on the device out; no I/O, no host sync.
+"""The training step and the evaluation step: each takes a batch and returns tensors on the device.
 
-Legend: N images, C channels, H, W, K classes.
+There is no I/O, and no host sync but where a docstring says so. Legend: N images, C channels, H, W, K classes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss: Szegedy et al. 2015, "Going de
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How every step of a run is computed.
+    """Options that are the same for all steps of a run.
 
-    smoothing: label smoothing, in [0, 1). clip_grad: the largest norm that a gradient may have, None for any.
-    skip_nonfinite: leave out an update whose loss or gradient is not finite on any process.
+    smoothing: label smoothing, in [0, 1). clip_grad: the norm to which larger gradients are scaled down; None for no
+    clipping. skip_nonfinite: skip an update if a loss or a gradient is not finite on any process.
     """
 
     smoothing: float
@@ -41,13 +41,13 @@ class StepOptions:
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Make all that a network may draw in this step (dropout and the like) a function of (seed, step, rank).
+    """Make the random numbers that a network draws in this step, as for dropout, depend on (seed, step, rank) alone.
 
-    Seeds the generators of numpy, of Python, and those of torch for the CPU and for `device`, with the values and so
-    the draws of `torch.manual_seed`; micro-batches then draw in order. Some ten microseconds.
+    Seeds the generators of Python, of numpy, and those of torch for the CPU and for `device`, with the same result as
+    `torch.manual_seed`. The micro-batches of the step draw one after the other. Takes some ten microseconds.
     """
     value = torch_seed(seed, Stream.DROPOUT, step, rank)
-    # not torch.manual_seed: for each back end that is not there it notes a traceback, 0.1 ms in all
+    # torch.manual_seed itself takes 0.1 ms longer: it records a traceback for each back end that is not installed
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)  # of the current device, which is this process's own
@@ -56,9 +56,10 @@ def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
 
 
 def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """One loss an image, float32 [N], and the logits [N, K]; auxiliary logits of a tuple count AUXILIARY_WEIGHT.
+    """The cross-entropy of each image, float32 [N], and the logits [N, K].
 
-    labels: classes, int64 [N], or shares of the classes, float32 [N, K]; either is smoothed.
+    output: logits, or a tuple of logits and auxiliary logits, whose losses are added with AUXILIARY_WEIGHT. labels:
+    class numbers, int64 [N], or weights of the classes, float32 [N, K]. smoothing: applied to both kinds of labels.
     """
     outputs = output if isinstance(output, tuple) else (output,)
     losses = [F.cross_entropy(o.float(), labels, reduction="none", label_smoothing=smoothing) for o in outputs]
@@ -69,20 +70,19 @@ def loss_of(output: Tensor | tuple[Tensor, ...], labels: Tensor, smoothing: floa
 
 
 def train_step(learner: Learner, batch: Batch, options: StepOptions, share: Share, epoch: int = 0) -> Outcome:
-    """One update from this process's share of a batch, in micro-batches; then the EMA.
+    """One update of the weights and then of the EMA, from this process's share of a batch, in micro-batches.
 
-    epoch: the step's, 0-based; what is frozen until a later one is left alone.
-    Collective: gradients are averaged over processes in the last micro-batch's backward pass, and unscaled before they
-    are clipped. No host sync, but for torch's loss scaler: under float16 it reads whether gradients overflowed, unless
-    the optimizer is fused.
+    epoch: the epoch of the step, 0-based; parameters that are frozen until a later one are not updated.
+    Collective: gradients are averaged over processes in the last micro-batch's backward pass. No host sync, with one
+    exception: under float16, unless the optimizer is fused, torch's loss scaler reads whether gradients overflowed.
     """
     learner.optimizer.zero_grad(set_to_none=True)
     learner.frozen.hold(epoch)
-    # the forward pass changes buffers, such as the statistics of batch norm, before it is known that a step is skipped
+    # the forward pass changes buffers, such as batch-norm statistics, before it is known whether the step is skipped
     buffers = Before(learner.network.module.buffers() if options.skip_nonfinite else ())
     sums, losses_N = backward(learner.network, learner.scaler, batch, options, share)
     skipped = update(learner, options, buffers, epoch)
-    if share.first == 0:  # the update of all processes is one: it is counted by the first of them
+    if share.first == 0:  # all processes skip the same update; only the first counts it, so that the sum is 1
         sums[SKIPPED] = skipped
     return Outcome(sums, losses_N, skipped)
 
@@ -90,10 +90,11 @@ def train_step(learner: Learner, batch: Batch, options: StepOptions, share: Shar
 def backward(
     network: Network, scaler: torch.amp.GradScaler, batch: Batch, options: StepOptions, share: Share
 ) -> tuple[Tensor, Tensor]:
-    """Add the (scaled) gradient of a share of a batch to the gradients that are there.
+    """Run the forward and backward passes of this process's share of a batch, one micro-batch after the other.
 
-    batch: the images of `share`. What is added is the gradient of the sum of their losses over `share.mean_over`,
-    computed one micro-batch at a time; the processes' gradients are averaged in the last one's backward pass.
+    batch: the images of `share`. The loss is the sum of their losses divided by `share.mean_over`, and multiplied by
+    the loss scale; its gradient is added to the gradients that are there. The gradients of all processes are averaged
+    in the backward pass of the last micro-batch.
     Returns the share's sums with its checksum, int64 [7], and its losses, float32 [N], both on the device.
     """
     sizes = list(share.micro_batches)
@@ -105,7 +106,8 @@ def backward(
             with network.autocast():
                 output = network.trained(images_NCHW)
             losses_N, logits_NK = loss_of(output, targets, options.smoothing)
-            # the mean, and not the sum over mean_over: of equal micro-batches it is divided by their number, exactly
+            # equals losses_N.sum() / mean_over; written with the mean, since the divisor of equal micro-batches is then
+            # exactly their number
             loss = losses_N.mean() / (share.mean_over / size)
             if options.skip_nonfinite:
                 loss = poisoned(loss, losses_N)
@@ -118,12 +120,12 @@ def backward(
 
 
 def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int = 0) -> Tensor:
-    """Update the weights from their gradients, then the EMA. Returns whether that was left out: bool [], on the device.
+    """Update the weights from their gradients, then the EMA. Returns whether the update was skipped, bool [] on device.
 
-    epoch: the step's, 0-based; the gradients of what is frozen until a later one are dropped first.
-
-    With `skip_nonfinite`, where a gradient is not finite, nothing changes but the scale of the loss scaler, and
-    `buffers` are put back. Raises UsageError where that cannot be done without waiting for the device.
+    epoch: the epoch of the step, 0-based; the gradients of what is frozen until a later one are dropped first. buffers:
+    copies of the network's buffers from before the forward pass. With `skip_nonfinite`, if a gradient is not finite,
+    `buffers` are restored and nothing else changes but the scale of the loss scaler. Raises UsageError if the optimizer
+    does not allow that without waiting for the device; see `state_tensors`.
     """
     network = learner.network
     learner.frozen.drop_gradients(epoch)
@@ -131,7 +133,7 @@ def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int =
         _apply(learner, options.clip_grad)
         return torch.zeros((), dtype=torch.bool, device=network.device)
     skipped = gradients_not_finite(network.module)
-    if network.device.type == "cpu" and not learner.scaler.is_enabled():  # reading a value on the CPU costs no wait
+    if network.device.type == "cpu" and not learner.scaler.is_enabled():  # on the CPU, `skipped` is read without a wait
         if not skipped:
             _apply(learner, options.clip_grad)
     else:
@@ -141,11 +143,11 @@ def update(learner: Learner, options: StepOptions, buffers: Before, epoch: int =
 
 
 def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> None:
-    """Update as usual, then put everything back where `skipped` (bool [], on the device) is true, without reading it.
+    """Update as usual, then restore everything if `skipped` (bool [], on the device) is true, without a host sync.
 
-    The exception is what the optimizer has only just made, in a run's first update or in the first one of parameters
-    that were frozen until now: it cannot be put back, so it has to go again, and there the device is waited for. The
-    EMA's own count goes on; only whether it is 0 matters. Costs a copy of weights, optimizer state and EMA.
+    The exception, with a host sync, is the first update of a run, and that of parameters that were frozen until now:
+    the optimizer then creates state, which has to be deleted again if the update is skipped. The EMA's count of updates
+    is not restored, since it only matters whether it is 0. Costs a copy of weights, optimizer state and EMA.
     """
     network, optimizer, ema = learner.network, learner.optimizer, learner.ema
     averages = [*ema.module.parameters(), *ema.module.buffers()] if ema is not None else []
@@ -154,7 +156,7 @@ def apply_unless(skipped: Tensor, learner: Learner, clip_grad: float | None) -> 
     first_average = ema is not None and not ema.updates
     _apply(learner, clip_grad)
     before.put_back(skipped)
-    state_tensors(optimizer, network.device)  # refuses what the first update put on the host
+    state_tensors(optimizer, network.device)  # raises UsageError if the first update has created state on the host
     if (len(optimizer.state) > len(known) or first_average) and skipped:
         for parameter in set(optimizer.state) - known:
             del optimizer.state[parameter]
@@ -188,9 +190,9 @@ def _steady_kernels() -> Iterator[None]:
 
 @torch.no_grad()
 def eval_step(network: Network, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Evaluate `module`, the network's own or its EMA, which the caller has put into evaluation mode, on one batch.
+    """Evaluate `module` on one batch: the network's own module or its EMA, already in evaluation mode.
 
-    Returns the batch's sums, int64 [7], and for each image whether its class had the largest logit, bool [N], both on
+    Returns the batch's sums, int64 [7], and for each image whether its class has the largest logit, bool [N], both on
     the device. No collective, no host sync.
     """
     with _steady_kernels(), network.autocast():

@@ -1,13 +1,13 @@
-"""Checkpoints: folders of tensors and JSON that appear whole, are verified before each use, and never run code.
+"""Checkpoints: folders of tensors and JSON that are written atomically, verified before each use, and never run code.
 
     checkpoints/step-00001200/
       network.safetensors, optimizer.safetensors, ...   one file for each part: {name: tensor}, contiguous
-      state.json                                        what the run and its learner count: {"run": ..., "learner": ...}
-      manifest.json                                     size and SHA-256 of each file, and of itself without that line
+      state.json                                        all state that is no tensor: {"run": ..., "learner": ...}
+      manifest.json                                     size and SHA-256 of each file; SHA-256 of its own other lines
 
-A checkpoint is sound if and only if `load` accepts it. Its bytes are read once, and parsed only after their size and
-SHA-256 agree with the manifest, so that what is parsed is what was hashed. Only the process that owns the run directory
-writes here; it sends the other processes what it has loaded.
+A checkpoint is called sound if `load` accepts it. Its bytes are read once, and parsed only after their size and SHA-256
+agree with the manifest, so the bytes that are parsed are those that were hashed. Only the process that owns the run
+directory writes checkpoints; it sends the other processes what it has loaded.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class DamagedError(StorageError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after `step` updates. Tensors are contiguous and on the CPU; they share no memory."""
+    """The content of a checkpoint that was saved after `step` updates.
+
+    parts: tensors by part and name, contiguous, on the CPU, and sharing no memory. state: the content of state.json.
+    about: facts about the run, from the manifest.
+    """
 
     step: int
     parts: dict[str, dict[str, Tensor]]
@@ -58,7 +62,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest sound checkpoint, or None; and the damaged ones that are newer, each with its reason."""
+    """The newest sound checkpoint, or None, and the damaged ones that are newer, each with what is wrong with it."""
 
     checkpoint: Checkpoint | None
     damaged: list[tuple[Path, str]]
@@ -75,10 +79,10 @@ def name_of(step: int) -> str:
 def save(
     checkpoints: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, JSON], about: Mapping[str, JSON]
 ) -> Path:
-    """Write the checkpoint of `step`, whole or not at all, durable when this returns; returns its folder.
+    """Write the checkpoint of `step`, completely or not at all, and flush it to the disk; returns its folder.
 
-    A sound checkpoint of this step is kept as it is, a damaged one set aside. The same arguments give the same bytes.
-    Raises DivergedError if the part "network" holds a float that is not finite, StorageError if the disk refuses;
+    A sound checkpoint of this step is kept as it is; a damaged one is renamed. The same arguments give the same bytes.
+    Raises DivergedError if the part "network" holds a float that is not finite, StorageError if it cannot be written;
     the older checkpoints stay in both cases. Cost: copies one part at a time to the host; writes and hashes each once.
     """
     _refuse_non_finite(step, parts.get(NETWORK, {}))
@@ -115,7 +119,7 @@ def _write(
         files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     for part in sorted(parts):
-        # serialised in memory, since safetensors' own writer reports a full disk as an error without an errno
+        # serialised in memory, since the error that safetensors' own writer raises for a full disk has no errno
         write(part + TENSORS, safetensors.torch.save(_contiguous(parts[part])))
     write(STATE, _json(state))
     manifest = {"format": FORMAT, "step": step, "files": files, "about": about}
@@ -123,7 +127,7 @@ def _write(
 
 
 def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
-    """Contiguous copies on the host: safetensors takes neither channels-last tensors nor two names for one memory."""
+    """Contiguous copies on the host: safetensors refuses channels-last tensors, and tensors that share memory."""
     return {
         name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name in sorted(tensors)
@@ -135,7 +139,7 @@ def _json(value: Any) -> bytes:
 
 
 def _signed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes, ending in the SHA-256 of its content without that line."""
+    """The bytes of the manifest, to which the SHA-256 of its content is added as the last entry."""
     return _json({**manifest, "sha256": hashlib.sha256(canonical_json(manifest)).hexdigest()})
 
 
@@ -143,10 +147,10 @@ def _signed(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint folder by name, as `load` takes them.
+    """The content of each file of a checkpoint folder, by name, for `load`.
 
-    Only regular files that the manifest lists, in the sizes it tells, are opened; digests are left to `load`.
-    Raises DamagedError, or StorageError where the disk does not let us read. Cost: the checkpoint's size in memory.
+    Opens only regular files that the manifest lists, if their sizes agree with it; `load` checks the digests.
+    Raises DamagedError, or StorageError if a file cannot be read. Cost: the checkpoint's size in memory.
     """
     try:
         if path.is_symlink():
@@ -164,28 +168,29 @@ def read(path: Path) -> dict[str, bytes]:
         return files | {name: _bytes_of(path / name) for name in listed_files}
     except OSError as error:
         reason = f"{error.filename or path}: {error.strerror}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):  # gone or unreadable for good, which EACCES is not
+        # these mean that the checkpoint is lost; others, such as EACCES (no permission), can be repaired
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
             raise DamagedError(reason) from error
         raise StorageError(f"cannot read checkpoint {reason}") from error
 
 
 def load(source: Path | Mapping[str, bytes]) -> Checkpoint:
-    """The checkpoint in a folder, or in the bytes that `read` gave, verified first. Nothing in it is executed.
+    """Verify and parse a checkpoint, given as a folder or as the bytes that `read` returned. Executes nothing in it.
 
-    Raises DamagedError with the reason if anything is not as it was saved, StorageError if it is sound but of another
-    format. Cost: reads and hashes everything once; twice the checkpoint's size in memory for a moment.
+    Raises DamagedError with the reason if anything differs from what was saved, StorageError if the checkpoint has
+    another format version. Cost: reads and hashes everything once; for a moment, twice the checkpoint's size in memory.
     """
     files = read(source) if isinstance(source, Path) else source
     manifest = _manifest(files)
     for name, told in _listed_files(manifest, {name: len(content) for name, content in files.items()}).items():
         if hashlib.sha256(files[name]).hexdigest() != told["sha256"]:
-            raise DamagedError(f"{name} does not have the SHA-256 that {MANIFEST} tells")
+            raise DamagedError(f"{name} does not have the SHA-256 in {MANIFEST}")
     parts = {name.removesuffix(TENSORS): _parse(name, files[name]) for name in files if name.endswith(TENSORS)}
     return Checkpoint(manifest["step"], parts, _object(STATE, files[STATE]), manifest["about"])
 
 
 def verify(path: Path) -> str | None:
-    """Why `load` would refuse this checkpoint folder; None if it is sound. Costs as much as `load`."""
+    """The reason why `load` refuses this checkpoint folder; None if it is sound. Costs as much as `load`."""
     try:
         load(path)
     except StorageError as error:
@@ -194,14 +199,17 @@ def verify(path: Path) -> str | None:
 
 
 def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The manifest, once its bytes are the ones we would write for its content, which leaves no byte unchecked."""
+    """The content of the manifest, after checks.
+
+    Its bytes must be exactly those that would be written for its content, so that every single byte is checked.
+    """
     if MANIFEST not in files:
         raise DamagedError(f"{MANIFEST} is missing")
     signed = _object(MANIFEST, files[MANIFEST])
     manifest = {key: value for key, value in signed.items() if key != "sha256"}
     try:
         sound = files[MANIFEST] == _signed(manifest)
-    except ValueError:  # NaN, which Python's parser takes, or half a surrogate pair
+    except ValueError:  # content that cannot be written: NaN, which Python's parser accepts, or half a surrogate pair
         sound = False
     if not sound:
         raise DamagedError(f"{MANIFEST} does not have its own SHA-256")
@@ -212,22 +220,22 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
         )
     shape = {"format": int, "step": int, "files": dict, "about": dict}
     if {key: type(value) for key, value in manifest.items()} != shape:
-        raise DamagedError(f"{MANIFEST} does not hold what a manifest holds")
+        raise DamagedError(f"{MANIFEST} does not have the entries of a manifest")
     return manifest
 
 
 def _listed_files(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """The manifest's files, once they are plain names of checkpoint files and just those in `sizes`."""
+    """The files that the manifest lists, after checks of their names, and that they are the files in `sizes`."""
     files: dict[str, dict[str, Any]] = manifest["files"]
     for name, told in files.items():
         if name != STATE and not (name.endswith(TENSORS) and _PART.fullmatch(name.removesuffix(TENSORS))):
             raise DamagedError(f"{MANIFEST} lists {name!r}, which is no file of a checkpoint")
         if not isinstance(told, dict) or told.keys() != {"size", "sha256"}:
-            raise DamagedError(f"{MANIFEST} does not tell size and SHA-256 of {name}")
+            raise DamagedError(f"{MANIFEST} does not give the size and SHA-256 of {name}")
         if name not in sizes:
             raise DamagedError(f"{name} is missing")
         if sizes[name] != told["size"]:
-            raise DamagedError(f"{name} has {sizes[name]} bytes, {MANIFEST} tells {told['size']}")
+            raise DamagedError(f"{name} has {sizes[name]} bytes, but {MANIFEST} says {told['size']}")
     if unknown := sorted(sizes.keys() - files.keys() - {MANIFEST}):
         raise DamagedError(f"{unknown[0]!r} is not in {MANIFEST}")
     if STATE not in files:
@@ -253,7 +261,7 @@ def _object(name: str, content: bytes) -> dict[str, Any]:
 def _parse(name: str, content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
-    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:  # what its two layers raise
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:  # all that bad bytes can raise
         raise DamagedError(f"{name} is not a safetensors file: {error}") from None
 
 
@@ -269,7 +277,10 @@ def listed(checkpoints: Path) -> list[int]:
 
 
 def find(checkpoints: Path) -> Found:
-    """Find the newest sound checkpoint and change nothing. Raises StorageError for one that is sound but unusable."""
+    """Find the newest sound checkpoint, without changing anything.
+
+    Raises StorageError for a checkpoint that is not damaged but cannot be used, such as one of another format version.
+    """
     damaged = []
     for step in reversed(listed(checkpoints)):
         path = checkpoints / name_of(step)
@@ -285,9 +296,9 @@ def find(checkpoints: Path) -> Found:
 
 
 def newest(checkpoints: Path) -> Found:
-    """`find`, for the owner of the run: it also renames damaged ones to `<name>.damaged` and removes unfinished ones.
+    """Like `find`, but also renames damaged checkpoints to `<name>.damaged` and removes unfinished ones.
 
-    The result names the damaged ones by their new names. Raises StorageError.
+    Only the owner of the run may call it. The result has the new names of the damaged ones. Raises StorageError.
     """
     found = find(checkpoints)
     try:
@@ -301,7 +312,7 @@ def newest(checkpoints: Path) -> Found:
 def undo_after(path: Path) -> list[Path]:
     """Rename the checkpoints that are newer than the one at `path` to `<name>.undone`; returns their new paths.
 
-    Raises StorageError if `path` is not sound, or the disk refuses; then nothing has changed.
+    Raises StorageError if the checkpoint at `path` is not sound, before anything is renamed, or if renaming fails.
     """
     try:
         step = load(path).step
@@ -315,7 +326,7 @@ def undo_after(path: Path) -> list[Path]:
 
 
 def stale(steps: Sequence[int], *, keep: int, best: int | None) -> list[int]:
-    """The steps whose checkpoints may be removed: all but the newest, the best, and the `keep` newest beside these."""
+    """The steps whose checkpoints may be removed: all but the newest, the best, and the `keep` newest of the others."""
     others = sorted(set(steps) - {max(steps, default=0), best})
     return others[: max(0, len(others) - keep)]
 
@@ -323,7 +334,7 @@ def stale(steps: Sequence[int], *, keep: int, best: int | None) -> list[int]:
 def prune(checkpoints: Path, *, keep: int, best: int | None) -> list[int]:
     """Remove the checkpoints that `stale` names; returns their steps. Call it after a save. Raises StorageError.
 
-    Each is renamed before its files are removed, so that none is ever seen incomplete under its own name.
+    Each is renamed before its files are removed, so that a folder with a checkpoint's name is always complete.
     """
     gone = stale(listed(checkpoints), keep=keep, best=best)
     try:
@@ -341,7 +352,7 @@ def prune(checkpoints: Path, *, keep: int, best: int | None) -> list[int]:
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 over names, dtypes, shapes and values in logical order: equal for equal tensors in any memory layout.
+    """SHA-256 of names, dtypes, shapes and values: equal for equal tensors, whatever their memory layout.
 
     Values are compared by their bits, so -0.0 is not 0.0. Cost: a copy to the host, tensor by tensor.
     """
@@ -354,7 +365,7 @@ def digest(tensors: Tensors) -> str:
 
 
 def first_difference(a: Tensors, b: Tensors) -> str | None:
-    """The first tensor, by name, in which `a` and `b` differ, where, and by how much; None if `digest` is equal."""
+    """A message about the first tensor, by name, in which `a` and `b` differ; None if they have the same `digest`."""
     for name in sorted(a.keys() | b.keys()):
         if name not in a or name not in b:
             return f"{name} is only in the {'first' if name in a else 'second'}"
@@ -374,6 +385,6 @@ def first_difference(a: Tensors, b: Tensors) -> str | None:
 
 
 def _bytes_by_element(tensor: Tensor) -> Tensor:
-    """uint8 [elements, bytes an element] on the host, in logical order."""
+    """The bytes of each element, uint8 [elements, bytes in an element], on the host, in the order of the indices."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).reshape(flat.numel(), flat.element_size())

@@ -13,11 +13,11 @@ from dtrain.run.rows import EvalRow, TrainRow
 from dtrain.run.state import Best
 
 T = TypeVar("T")
-CELL = 30  # most characters of a cell in `three_ways`, so that three of them and a name fit on a line
+CELL = 30  # the most characters of a cell in `three_ways`, so that three cells and a name fit on a line
 
 
 class Console:
-    """Prints where it is `enabled`. The other ranks have one that is not, so that no caller has to ask for its rank."""
+    """Prints if it is `enabled`. Ranks other than 0 have one that is not, so that callers need not check the rank."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -58,7 +58,7 @@ class Console:
                 bar.stop()
 
     def train(self, row: TrainRow, total_epochs: float, total_steps: int) -> None:
-        """Print a train row: progress, loss, accuracy, learning rate, speed, share of time spent waiting, time left."""
+        """Print a train row: progress, loss, accuracy, learning rate, speed, time spent waiting for data, time left."""
         if self._bar is not None:
             self._bar.update(self._task, completed=row.step)
         clock = row.clock
@@ -77,7 +77,7 @@ class Console:
         )
 
     def converting(self, progress: Generator[Any, None, T]) -> T:
-        """Run a conversion to its end and return its result. Shows a bar on a terminal, else a line a split."""
+        """Run a conversion to its end and return its result. Shows a bar on a terminal, else a line for each split."""
         bar, tasks = None, {}
         try:
             while True:
@@ -125,7 +125,7 @@ class Console:
 
 
 def aligned(rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a table: rows of equal length in columns, two spaces apart, without rules and colours."""
+    """The lines of a plain table. rows: of equal length; their columns are two spaces apart."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
@@ -137,14 +137,14 @@ def _where(seconds: Mapping[str, float], run: Path) -> list[tuple[str, str]]:
 
 
 def three_ways(rows: Iterable[tuple[str, Any, Any, Any]]) -> str:
-    """A table of what a resume would change: a setting, its old value, the one asked for, the one used; - for None."""
+    """A table of what a resume would change. rows: the setting, its old value, the new value, the value used."""
     texts = [["-" if cell is None else str(cell) for cell in row] for row in rows]
     cut = [[cell if len(cell) <= CELL else cell[: CELL - 3] + "..." for cell in line] for line in texts]
     return "\n".join(aligned([("setting", "was", "asked", "used"), *cut]))
 
 
 def counted(hits: int, images: int) -> str:
-    """`9031/10000 = 90.31 %`."""
+    """Hits as a fraction and in percent: `9031/10000 = 90.31 %`."""
     return f"{hits}/{images} = {100 * hits / max(1, images):.2f} %"
 
 

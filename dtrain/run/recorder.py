@@ -1,4 +1,4 @@
-"""The run directory as the training loop sees it: every process has a Recorder, and only that of rank 0 writes."""
+"""The Recorder, through which the training loop writes to the run directory. Each process has one; rank 0's writes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dtrain.run.rundir import (
 )
 from dtrain.run.tracking import Tracking
 
-HELD_ROWS = 10_000  # most rows, some megabytes, that wait in memory while the disk is full
+HELD_ROWS = 10_000  # the most rows (some megabytes) that are kept in memory while the disk is full
 
 
 class Recorder:
-    """The run directory, its record and its trackers. Where `folder` is None, as on every rank but 0, it does nothing.
+    """The run directory, its record and its trackers. If `folder` is None, as on every rank but 0, it does nothing.
 
-    A row that a full disk refuses is held in memory and written, in order, before the next row; `flush` raises instead.
-    track: names of trackers, which have been checked.
+    A row that cannot be written, because the disk is full, is kept in memory and written before the next row; only
+    `flush` raises at once. track: names of trackers, which must have been checked by `trackers.find`.
     """
 
     def __init__(self, path: Path, folder: RunDir | None, record: Record, track: Sequence[str] = ()) -> None:
@@ -50,7 +50,7 @@ class Recorder:
             self.folder.write_record(self.record)
 
     def row(self, row: Row) -> None:
-        """Add a row to metrics.jsonl. Raises StorageError once more than HELD_ROWS are held."""
+        """Add a row to metrics.jsonl. Raises StorageError if more than HELD_ROWS cannot be written."""
         if self.folder is None:
             return
         self._held.append(row)
@@ -66,7 +66,10 @@ class Recorder:
             self._tracking.row(self._held.pop(0))
 
     def flush(self) -> None:
-        """Write the held rows and make all survive a power cut. Call it before each checkpoint. Raises StorageError."""
+        """Write the rows kept in memory and flush metrics.jsonl to the disk. Call it before each checkpoint.
+
+        Raises StorageError.
+        """
         if self.folder is not None:
             self._write_held()
             self.folder.sync()
@@ -116,7 +119,7 @@ class Recorder:
             self.folder.cut_back(step, evaluated=evaluated)
 
     def event(self, name: str, step: int, *, processes: int | None = None, reason: str | None = None) -> None:
-        """Add an event row: start and resume with `processes`, save, stop with `reason`, or finish."""
+        """Add an event row. name: start or resume (give `processes`), save, stop (give `reason`), or finish."""
         self.row(EventRow(name, step, processes, reason, clock=EventClock(time.time())))
 
     def rows(self) -> list[Row]:
@@ -124,7 +127,7 @@ class Recorder:
         return read_rows(self.path) if self.folder is not None else []
 
     def failed(self, error: Exception) -> None:
-        """Write into run.json how the run ended. Raises no StorageError, since `error` matters more."""
+        """Write into run.json that the run failed with `error`. Raises no StorageError, since `error` matters more."""
         with contextlib.suppress(StorageError):
             self.update(status="failed", exit_code=exit_code_of(error), reason=f"{type(error).__name__}: {error}")
 
@@ -137,13 +140,13 @@ class Recorder:
 
 
 def resolved_before(path: Path, *, fresh: bool, world_size: int) -> dict[str, Any]:
-    """The values that settings given as `auto` took when the run at `path` began, for a resume to keep.
+    """The values that settings given as `auto` took when the run at `path` began, which a resume has to keep.
 
-    Empty for a new run, as under `--resume none` (fresh). The number of threads is kept only if the number of processes
-    is the same, since another divides the cores anew. Raises StorageError if the directory cannot be written, before
-    any work is done for it.
+    Empty for a new run. fresh: whether the run is new in any case, as with `--resume none`. The number of threads is
+    kept only if the number of processes is the same, since it depends on that. Raises StorageError if the directory
+    cannot be written, so that this is known before any long work begins.
     """
-    check_writable(path.parent if fresh and path.exists() else path)  # a directory that is taken is left alone
+    check_writable(path.parent if fresh and path.exists() else path)  # a fresh run gets another directory beside it
     record = None if fresh else read_record(path)
     if record is None:
         return {}
@@ -154,7 +157,7 @@ def resolved_before(path: Path, *, fresh: bool, world_size: int) -> dict[str, An
 
 
 def recorder_elsewhere(path: Path) -> Recorder:
-    """The recorder of a process that is not the main one: it touches nothing."""
+    """The recorder of a process that is not the main one: it writes nothing."""
     return Recorder(path, None, Record("running"))
 
 
@@ -169,10 +172,10 @@ def open_recorder(
     chosen: Sequence[tuple[plugins.Kind, str]],
     track: Sequence[str],
 ) -> Recorder:
-    """Own the run directory `path` and write its config.toml and run.json; for the main process alone.
+    """Lock the run directory `path` and write its config.toml and run.json. Only for the main process.
 
-    settings: for config.toml. refuse: raises if the run in the directory that it is given has other settings. resolved:
-    the values that settings given as `auto` took. chosen: kind and name of each plugin that shapes the run.
+    settings: for config.toml. refuse: called with the directory if there is a run in it; raises if that run has other
+    settings. resolved: the values that settings given as `auto` took. chosen: kind and name of each plugin in use.
     Raises UsageError for a directory that is in use or is to be resumed and does not exist; StorageError if it cannot
     be read or written.
     """
@@ -203,10 +206,10 @@ def open_recorder(
 
 
 def refuse_other_data(dataset: str, *, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise DataError, with a table of what differs, unless the data set is the one that the run began with.
+    """Raise DataError, with a table of the differences, unless the data set is the one that the run began with.
 
-    was, asked: the facts of the data set in the checkpoint and now: class_names, channels, image_size, train_size, and
-    the digest `data`.
+    was, asked: the facts about the data set in the checkpoint, and now (`DataSet.facts`): class_names, channels,
+    image_size, train_size, and the digest `data`.
     """
     if all(was.get(name) == value for name, value in asked.items()):
         return

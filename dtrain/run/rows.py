@@ -1,9 +1,9 @@
-"""The rows of metrics.jsonl: what a log point, an evaluation or an event leaves, one JSON object a line.
+"""The rows of metrics.jsonl: one JSON object a line, for each log point, evaluation and event of a run.
 
-A row is flat: `kind`, `step` and figures named with their units. What the clock said stands under the one key `clock`,
-so that two runs can be compared without it. A figure that is not finite is null in the file and NaN here.
+A row has `kind`, `step` and figures named with their units. Times and speeds stand under the one key `clock`, so that
+two runs can be compared without them. A figure that is not finite is null in the file and NaN here.
 
-Newer versions of dtrain may write keys that this one does not know, which are ignored, and kinds, which are passed by.
+Newer versions of dtrain may write keys and kinds of rows that this version does not know; both are ignored.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ T = TypeVar("T")
 
 
 class _Row:
-    """What the three kinds have in common."""
+    """The base of the three kinds of rows."""
 
     kind: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The row as metrics.jsonl has it, with its keys in order; a figure that is not finite is None."""
+        """The row as it stands in metrics.jsonl, with its keys in order; a figure that is not finite is None."""
         told = {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]  # each kind is one
         return {name: finite(value) for name, value in told.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class TrainClock:
-    """What the clock said at a log point. The first two are of the interval, the others since the run began."""
+    """Times and speeds at a log point. The first two are of the log interval, the seconds are since the run began."""
 
     images_per_second: float
-    data_wait_fraction: float  # of the training time
+    data_wait_fraction: float  # part of the training time that was spent waiting for data
     train_seconds: float
     cpu_seconds: float  # of this process
     left_seconds: float  # until the end of the run, at the speed of this interval
@@ -45,7 +45,7 @@ class TrainClock:
 
 @dataclass(frozen=True)
 class TrainRow(_Row):
-    """The log interval that ends with `step`, summed over all processes."""
+    """The training in the log interval that ends with `step`, over all processes."""
 
     kind: ClassVar[str] = "train"
     step: int  # updates done
@@ -62,7 +62,7 @@ class TrainRow(_Row):
 
 @dataclass(frozen=True)
 class EvalClock:
-    """What the clock said after an evaluation."""
+    """Times after an evaluation."""
 
     eval_seconds: float  # since the run began
     time: float
@@ -70,7 +70,7 @@ class EvalClock:
 
 @dataclass(frozen=True)
 class EvalRow(_Row):
-    """One evaluation of one kind of weights: exact counts over a split."""
+    """One evaluation: exact counts over a split, for one kind of weights."""
 
     kind: ClassVar[str] = "eval"
     step: int
@@ -78,11 +78,11 @@ class EvalRow(_Row):
     samples: int
     split: str  # "test" or "val"
     weights: str  # "raw" or "ema"
-    hits: int  # images whose class came first
-    hits5: int  # images whose class came among the first five
+    hits: int  # images whose class has the largest logit (top-1)
+    hits5: int  # images whose class is among the five largest logits (top-5)
     images: int
     loss: float
-    nonfinite_losses: int  # images that are no part of the mean loss
+    nonfinite_losses: int  # images that are not in the mean loss
     clock: EvalClock
 
 
@@ -100,8 +100,8 @@ class EventRow(_Row):
     kind: ClassVar[str] = "event"
     event: str
     step: int
-    processes: int | None = None  # of start and resume: how many there are from here on
-    reason: str | None = None  # of stop
+    processes: int | None = None  # for start and resume: the number of processes from here on
+    reason: str | None = None  # for stop
     clock: EventClock = dataclasses.field(kw_only=True)
 
 
@@ -113,9 +113,10 @@ _CLOCKS = {"train": TrainClock, "eval": EvalClock, "event": EventClock}
 
 
 def from_json(value: Any) -> Row | None:
-    """The row that a JSON value stands for; None for a kind that this version does not know.
+    """The row in a JSON value; None for a kind of row that this version does not know.
 
-    Raises ValueError for what is no row: no object, no kind, no whole number as its step, or a figure missing.
+    Raises ValueError for a value that is not a row: not an object, or one without a kind, without a whole number as its
+    step, or without one of its figures.
     """
     if not isinstance(value, dict) or type(value.get("step")) is not int or not isinstance(value.get("kind"), str):
         raise ValueError("not a row")
@@ -129,7 +130,7 @@ def from_json(value: Any) -> Row | None:
 
 
 def _built(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from its fields among `values`; null stands for a float that was not finite."""
+    """A dataclass from those of `values` that are its fields; null becomes NaN where the field is a float."""
     given = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}  # type: ignore[arg-type]
     floats = {f.name for f in dataclasses.fields(kind) if f.type == "float"}  # type: ignore[arg-type]
     return kind(**{name: math.nan if value is None and name in floats else value for name, value in given.items()})
@@ -149,6 +150,6 @@ def as_line(row: Row) -> bytes:
 
 
 def comparable(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """What two equal runs have in common: the train and eval rows as JSON, without `clock`."""
+    """The part of the rows that is the same in two equal runs: the train and eval rows as JSON, without `clock`."""
     told = [row.to_json() for row in rows if not isinstance(row, EventRow)]
     return [{name: value for name, value in row.items() if name != "clock"} for row in told]

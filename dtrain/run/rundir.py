@@ -1,12 +1,12 @@
-"""The run directory: everything that a run leaves, one owner at a time.
+"""The run directory: everything that a run writes. One process at a time owns it.
 
 runs/allcnn_c-digits-1a2b3c4d/
-  config.toml     the settings; `dtrain train --config config.toml` trains with the same again
-  run.json        the record: how far the run came, how it ended, and what it was computed with
+  config.toml     the settings; `dtrain train --config config.toml` trains with the same ones again
+  run.json        the record: how far the run came, how it ended, its environment and versions
   metrics.jsonl   one row a line, see rows.py
   checkpoints/    see checkpoint.py
   trackers/       for each tracker its log, its files and how far it has come
-  lock            locked by the process that owns the run, as long as it lives
+  lock            a lock file, held by the process that owns the run as long as it lives
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Status = Literal["running", "finished", "stopped", "failed"]
 CONFIG, RECORD, METRICS, LOCK = "config.toml", "run.json", "metrics.jsonl", "lock"
 ELSEWHERE = "give another directory with --output"
 EVALUATION = ("hits", "images", "split", "weights")  # of an eval row, as `summaries` repeats them
-DISTRIBUTIONS = ("dtrain", "torch", "numpy", "numba", "safetensors", "ffcv")  # what the numbers of a run come from
+DISTRIBUTIONS = ("dtrain", "torch", "numpy", "numba", "safetensors", "ffcv")  # whose versions may affect the results
 
 
 @dataclass(frozen=True)
 class Record:
-    """What run.json holds.
+    """The content of run.json.
 
-    resolved: the values that settings given as `auto` took; plugins: for each kind, the plugin that was used.
+    resolved: the values that settings given as `auto` took. plugins: the plugin of each kind that was used.
     """
 
     status: Status
@@ -58,9 +58,9 @@ class Record:
 
 
 class RunDir:
-    """A run directory that this process owns until the end of a `with`, `close`, or its own end. Made by `open_run`.
+    """A run directory that this process owns until `close`, the end of a `with` block, or its own end. See `open_run`.
 
-    Every method that writes raises StorageError, which names the file and the reason, if the disk refuses.
+    Every method that writes raises StorageError, with the file and the reason, if it cannot.
     """
 
     def __init__(self, path: Path, lock: Lock) -> None:
@@ -69,18 +69,21 @@ class RunDir:
         self._lock = lock
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
-        """Write config.toml, whole or not at all. settings: TOML's own types, without None."""
+        """Write config.toml, completely or not at all. settings: values in TOML's types, without None."""
         text = f"# dtrain train --config {CONFIG}\n" + tomli_w.dumps(settings)
         with _told(self.path / CONFIG), whole_file(self.path / CONFIG) as part:
             part.write_text(text, encoding="utf-8")
 
     def write_record(self, record: Record) -> None:
-        """Write run.json, whole or not at all."""
+        """Write run.json, completely or not at all."""
         with _told(self.path / RECORD):
             write_json(self.path / RECORD, dataclasses.asdict(record))
 
     def append(self, row: Row) -> None:
-        """Add a row to metrics.jsonl, whole or not at all. It then survives a kill, and after `sync` a power cut."""
+        """Add a row to metrics.jsonl, completely or not at all.
+
+        It then survives the end of this process, and after `sync` also a power failure.
+        """
         line = as_line(row)
         with _told(self.path / METRICS), (self.path / METRICS).open("ab", buffering=0) as file:
             end = file.tell()
@@ -89,16 +92,17 @@ class RunDir:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Make the rows so far survive a power cut. Due before each checkpoint, which must not be ahead of them."""
+        """Flush metrics.jsonl to the disk. Call it before each checkpoint, which must not be newer than the rows."""
         with _told(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
 
     def cut_back(self, step: int, *, evaluated: bool = True) -> None:
-        """Drop the train and eval rows after `step`, which will be computed again, and a torn last line.
+        """Remove the train and eval rows after `step`, which will be computed again, and an incomplete last line.
 
-        evaluated: whether the evaluation of `step` itself stands; where it is still due, its rows are dropped as well.
-        Call it before the first `append` of a run that goes on, also where it goes on at step 0. Events stay, since
-        they tell what happened, and so do rows of a kind that this version does not know. Whole or not at all.
+        evaluated: whether `step` itself has been evaluated; if that is still due, eval rows of `step` are removed too.
+        Event rows stay, since they tell what happened, and so do rows of a kind that this version does not know.
+        Call it before the first `append` of a resumed run, even if that begins at step 0. The file is changed
+        completely or not at all.
         """
         last = {TrainRow: step, EvalRow: step if evaluated else step - 1}
         kept = [
@@ -121,9 +125,9 @@ class RunDir:
 
 
 def open_run(base: Path, *, fresh: bool) -> RunDir:
-    """Own the run directory `base`; it is made if it does not exist.
+    """Become the owner of the run directory `base`, which is created if it does not exist.
 
-    fresh: take the first of `<base>`, `<base>-2`, `<base>-3`, ... that holds nothing.
+    fresh: use the first of `<base>`, `<base>-2`, `<base>-3`, ... that does not exist or is empty.
     Raises UsageError if another process owns it, StorageError if it cannot be written.
     """
     base = base.absolute()
@@ -144,7 +148,7 @@ def open_run(base: Path, *, fresh: bool) -> RunDir:
 
 
 def check_writable(path: Path) -> None:
-    """Raise StorageError if no folder can be made at `path`, as far as can be seen without making it."""
+    """Raise StorageError if no folder can be created at `path`, as far as can be seen without creating it."""
     with _told(path, ELSEWHERE):
         there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not there.is_dir():
@@ -154,7 +158,7 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def _told(path: Path, advice: str = "free some space, or see who may write there") -> Iterator[None]:
+def _told(path: Path, advice: str = "free some space, or check the permissions") -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -165,19 +169,19 @@ def _told(path: Path, advice: str = "free some space, or see who may write there
 
 
 def read_rows(run: Path) -> list[Row]:
-    """The rows of a run directory's metrics.jsonl; none where there is no file.
+    """The rows of a run directory's metrics.jsonl; an empty list if there is no such file.
 
-    A torn end, as a power cut leaves it, is left out, and so are rows of a kind that this version does not know.
-    Raises StorageError for a line in the middle that is not a row.
+    Incomplete lines at the end, as a power failure leaves them, are ignored, and so are rows of a kind that this
+    version does not know. Raises StorageError for a line before the last row that is not a row.
     """
     return [row for _, row in _lines(run) if row is not None]
 
 
 def _lines(run: Path) -> list[tuple[bytes, Row | None]]:
-    """Each whole line of metrics.jsonl, without its end, and the row in it."""
+    """Each complete line of metrics.jsonl, without its line end, and the row in it (None for an unknown kind)."""
     path = run / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is nothing, or torn
+        lines = path.read_bytes().split(b"\n")[:-1]  # after the last line end comes nothing, or an incomplete line
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -190,14 +194,14 @@ def _lines(run: Path) -> list[tuple[bytes, Row | None]]:
         except ValueError:
             damaged = damaged or number
             continue
-        if damaged is not None:  # it is no torn end, since a row follows
-            raise StorageError(f"line {damaged} of {path} is not a row; mend or remove it")
+        if damaged is not None:  # not an incomplete end of the file, since a row follows
+            raise StorageError(f"line {damaged} of {path} is not a row; repair or remove it")
         found.append((line, row))
     return found
 
 
 def read_record(run: Path) -> Record | None:
-    """The record of a run directory; None where there is no run.json.
+    """The record of a run directory; None if there is no run.json.
 
     Raises StorageError if it is damaged, or if a newer version of dtrain has written it.
     """
@@ -237,7 +241,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the distributions that affect the numbers of a run. Imports none of them."""
+    """The installed versions of DISTRIBUTIONS, which may affect the results of a run. Imports none of them."""
     found = {}
     for name in DISTRIBUTIONS:
         try:
@@ -248,11 +252,11 @@ def versions() -> dict[str, str]:
 
 
 def summaries(runs: Path) -> list[dict[str, Any]]:
-    """What `dtrain runs` shows: a dictionary for each run directory under `runs`, sorted by name.
+    """The rows of `dtrain runs`: a dictionary for each run directory under `runs`, sorted by name.
 
-    Keys: run, status, step, reason, and of the last evaluation hits, images, split, weights (None before the first).
-    The status is "died" where the record says "running" and no process holds the lock, and "damaged" where the run
-    cannot be read; the reason then says why.
+    Keys: run, status, step, reason; and from the last evaluation: hits, images, split, weights (None if there is none).
+    The status is "died" if the record says "running" but no process holds the lock, and "damaged" if the run cannot be
+    read; the reason then says why.
     """
     if not runs.is_dir():
         return []
@@ -260,7 +264,8 @@ def summaries(runs: Path) -> list[dict[str, Any]]:
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    alive = Lock(run / LOCK).is_held()  # looked at first: a run that ends before its record is read has not died
+    # before the record is read: a run that ends between the two would otherwise be shown as died
+    alive = Lock(run / LOCK).is_held()
     summary: dict[str, Any] = {"run": run.name, "status": "damaged", "step": None, "reason": None}
     summary |= dict.fromkeys(EVALUATION)
     try:

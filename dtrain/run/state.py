@@ -1,4 +1,4 @@
-"""Where a run stands and how its time was spent: what a checkpoint keeps of a run beside what learns."""
+"""How far a run has come and how its time was spent: the state in a checkpoint beside the learner's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dtrain.files import refuse_unknown_keys
 from dtrain.run.checkpoint import STATE
 from dtrain.world import Ask
 
-KINDS = ("train", "eval", "save", "wait", "start-up")  # of seconds; "wait", which is for data, is a part of "train"
+KINDS = ("train", "eval", "save", "wait", "start-up")  # of time; "wait" is waiting for data and a part of "train"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: where it was made and what it counted."""
+    """The best evaluation so far: its step, split and kind of weights ("raw" or "ema"), and its counts."""
 
     step: int
     split: str
@@ -28,14 +28,14 @@ class Best:
 
 @dataclass
 class TrainState:
-    """All that a run is beside what learns: the part `run` of a checkpoint's state.json."""
+    """The state of a run beside that of its learner: the part `run` of a checkpoint's state.json."""
 
     step: int = 0  # updates done
     samples: int = 0  # images seen by all processes together
     tally: list[int] | None = None  # sums of the open log interval over all processes; None where it has just begun
     streak: int = 0  # updates skipped in a row up to now, under --on-nonfinite skip
     best: Best | None = None
-    eval_due: bool = False  # a stop came before an evaluation, which the resume makes first
+    eval_due: bool = False  # the run was stopped when an evaluation was due; the resume begins with it
     reached: bool = False  # --stop-at-accuracy was met
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
 
@@ -51,7 +51,7 @@ class TrainState:
 
 
 def read_state(state: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]:
-    """The two parts of a checkpoint's state.json: where the run stood, and what the learner counts.
+    """The two parts of a checkpoint's state.json: the state of the run, and the learner's counts.
 
     Raises StorageError for a key that this version of dtrain does not know.
     """
@@ -65,9 +65,9 @@ def read_state(state: Mapping[str, Any]) -> tuple[TrainState, Mapping[str, Any]]
 
 
 class Stopwatch:
-    """Measures the seconds of training without those of evaluations and saves, in total and since the last lap.
+    """Measures the time of training without evaluations and saves, in total and since the last lap.
 
-    seconds: the totals by kind, which it adds to; waited: returns the seconds spent waiting for data so far.
+    seconds: the totals by kind, to which it adds. waited: returns the seconds spent waiting for data so far.
     """
 
     def __init__(self, seconds: dict[str, float], waited: Callable[[], float]) -> None:
@@ -94,7 +94,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def away(self, kind: str) -> Iterator[None]:
-        """Count the time inside the `with` as `kind` ("eval", "save") and not as training."""
+        """Count the time inside the `with` block as `kind` ("eval" or "save") and not as training."""
         self._count()
         started = time.monotonic()
         try:
@@ -105,7 +105,7 @@ class Stopwatch:
 
 
 class RunClock:
-    """What rank 0 asks for because of the time: a save (`--checkpoint-every 10min`), a stop (`--max-time`)."""
+    """Tells when a save (`--checkpoint-every 10min`) or a stop (`--max-time`) is due by the clock. Used on rank 0."""
 
     def __init__(self, save_seconds: float | None, limit_seconds: float | None) -> None:
         self._save_seconds, self._limit = save_seconds, limit_seconds
@@ -121,7 +121,7 @@ class RunClock:
         now = time.monotonic()
         save = self._save_seconds is not None and now - self._saved >= self._save_seconds
         if save:
-            self._saved = now  # ask once: the save is made a step later, when this has been asked again
+            self._saved = now  # so that it is asked for only once: `ask` is called again before the save is made
         stop = self._limit is not None and now - self._started >= self._limit
         if stop:
             self.reason = "--max-time"

@@ -1,9 +1,9 @@
-"""Trackers: where the rows of metrics.jsonl are sent as well. Those that come with dtrain are classes here.
+"""Trackers: services and files to which the metrics of a run are sent, such as wandb. dtrain's own are classes here.
 
-A tracker runs in a process of its own (tracking.py), so it may be slow, raise, hang or die without the run noticing.
-It is given the train and eval rows in order of their `position`, beginning after the last row that it holds, so that a
-resume, which computes equal rows again, adds none of them twice. Rows that it missed are still in metrics.jsonl, from
-where `dtrain sync` sends them. Each is an entry point; the extra in it names the package that it needs.
+A tracker runs in a process of its own (tracking.py), so if it is slow, hangs or fails, the run is not affected. It is
+given the train and eval rows of metrics.jsonl in order of their `position`, from the first one that it does not hold
+yet, so rows that a resume computes again are not added twice. Rows that it missed are still in metrics.jsonl, from
+where `dtrain sync` sends them. Each tracker is an entry point, whose extra names the package that the tracker needs.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dtrain.plugins import Plugin
 from dtrain.run.rows import EvalRow, TrainRow
 
 Row: TypeAlias = TrainRow | EvalRow  # what a tracker is given
-NOTHING = -1  # the position before every row
-INIT_SECONDS = 10.0  # wandb waits so long for its server, for the key and again for the run; then it works offline
+NOTHING = -1  # the position `held` of a tracker that holds no rows
+INIT_SECONDS = 10.0  # how long wandb waits for its server, both for the key and for the run, before it works offline
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """What is kept of a tracker between two sessions, in the file state.json of its folder.
+    """The state of a tracker between two sessions, kept in the file state.json of its folder.
 
-    id: the run's name at the tracker's server. held: the position of the last row that is safe there; a session that is
-    killed leaves it unchanged. where: tells people how to look at the curves. error: why rows are missing, as the end
-    of a sentence.
+    id: the run's name at the tracker's server. held: the position of the last row that the tracker has stored safely; a
+    session that is killed leaves it unchanged. where: tells people how to look at the curves. error: why rows are
+    missing, for the end of a sentence; None if none are.
     """
 
     id: str | None = None
@@ -45,20 +45,23 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state in `folder`; that of a new tracker where the file does not exist or cannot be read."""
+        """The state in `folder`; that of a new tracker if the file does not exist or cannot be read."""
         try:
             return cls(**json.loads((folder / STATE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return cls()
 
     def write(self, folder: Path) -> None:
-        """Write it into `folder`, whole or not at all. Raises OSError if the disk refuses."""
+        """Write the state into `folder`, completely or not at all. Raises OSError if it cannot be written."""
         write_json(folder / STATE, vars(self))
 
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run: its name, all its settings, and the environment, versions and `auto` values."""
+    """What a tracker is told about a run: its name, all its settings, and facts from its record.
+
+    facts: the environment, the versions, the plugins, and the values that settings given as `auto` took.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -66,40 +69,46 @@ class About:
 
 
 class Tracker(Protocol):
-    """One session with a tracker. It is built by `cls(folder, about, state, live=...)`, where `folder` exists.
+    """One session with a tracker, created by `cls(folder, about, state, live=...)`. `folder` exists then.
 
-    live: a run goes on beside it, so that it should make do without a server; else the user waits for an answer.
-    Whatever it raises ends this tracker alone. It may have an attribute `state: State`, which it has written to disk
-    before it touches anything else: where it begins. It then gets the rows after `state.held`; without the attribute,
-    those after the last that the session before it held.
+    live: True while the run goes on; if the server cannot be reached, the tracker should then work offline. False in
+    `dtrain sync`, where the user waits for the answer, so it should raise. An exception ends this tracker alone.
+    A tracker may have an attribute `state: State`, which it has to write to disk before it does anything else. It then
+    gets the rows after `state.held`; without the attribute, it gets the rows after those of the last session.
     """
 
     def write(self, row: Row) -> None:
-        """Take a train or eval row."""
+        """Add a train or eval row."""
         ...
 
     def close(self, exit_code: int | None) -> State | None:
-        """Return when the rows are safe: how far, or None if all are. exit_code: of the run, None if it died."""
+        """Store all rows safely, and return the new state; None means that all rows are stored.
+
+        exit_code: the exit code of the run; None if it died without one.
+        """
         ...
 
 
 def find(names: Sequence[str]) -> list[Plugin]:
     """The trackers of `--track`, as plugins. Imports none of them, since they run in processes of their own.
 
-    Raises PluginError for a name that is no tracker, with the nearest that is, and for a package that is not installed.
+    Raises PluginError for a name that is no tracker (with the nearest one that is), or whose package is not installed.
     """
     return [plugins.find("tracker", name) for name in names]
 
 
 def position(row: Row) -> int:
-    """A number that grows from row to row, equal for a row computed again: three a step, for train, raw and EMA."""
+    """A number that orders the rows, and is the same for a row that is computed again after a resume.
+
+    Each step has three, for its train row, and its eval rows of the raw weights and of the EMA.
+    """
     return 3 * row.step + (0 if isinstance(row, TrainRow) else 1 if row.weights == "raw" else 2)
 
 
 def figures(row: Row) -> dict[str, float]:
     """The numbers of a row by the names of their curves: train/loss, test/top1_fraction, val_ema/loss, ...
 
-    The counts of an eval row become fractions. What is not finite is left out.
+    The hits of an eval row become fractions. A number that is not finite is left out.
     """
     group, flat = "train", _flat(row)
     if isinstance(row, EvalRow):
@@ -114,7 +123,7 @@ def figures(row: Row) -> dict[str, float]:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """A row's figures and those of its clock in one dictionary; what is not finite is None."""
+    """A row's figures and those of its clock in one dictionary; a figure that is not finite is None."""
     told = row.to_json()
     clock = told.pop("clock")
     return {name: value for name, value in {**told, **clock}.items() if name != "kind"}
@@ -147,10 +156,10 @@ class Csv:
 
 
 class TensorBoard:
-    """Writes scalars, and the settings for the HParams page, into one event file a session.
+    """Writes scalars, and the settings for the HParams page, into an event file for each session.
 
-    It uses TensorBoard's own writer, since torch's does the same and imports torch. A session begins with a mark that
-    voids all earlier events of its first step and later ones, so that rows of a session that was killed show once.
+    It uses TensorBoard's own writer, since torch's is the same but imports torch. A session begins with a START event,
+    at which TensorBoard discards the events of earlier sessions from that step on, so rows written again show once.
     """
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
@@ -189,10 +198,10 @@ def _scalar(value: Any) -> bool | int | float | str:
 class Wandb:
     """A wandb run, whose id is kept so that a resume continues it.
 
-    The settings become its config, and every curve is over steps. wandb's own environment variables take precedence.
-    The `position` of a row is wandb's internal step, which only grows: a server takes no row twice, and tells in
-    `starting_step` how far it is. An offline folder gets all rows, so that `wandb sync` of the newest folder is enough;
-    its rows count as not sent.
+    The settings become wandb's config, and `step` is the x axis of every curve. wandb's own environment variables take
+    precedence. The `position` of a row is used as wandb's internal step, which can only grow: a server accepts no row
+    twice, and tells in `starting_step` how many it has. Offline, each session's folder gets all rows, so it is enough
+    to run `wandb sync` on the newest folder; these rows count as not sent.
     """
 
     def __init__(self, folder: Path, about: About, state: State, *, live: bool) -> None:
@@ -211,7 +220,7 @@ class Wandb:
         limit: dict[str, Any] = {}
         if live and not os.environ.get("WANDB_INIT_TIMEOUT"):
             limit["init_timeout"] = INIT_SECONDS
-        # the machine statistics are those of the trainer, so there are none when it has ended
+        # statistics of the machine are taken from the training process, so there are none after it has ended
         settings = wandb.Settings(console="off", x_stats_pid=os.getppid(), x_disable_stats=not live, **limit)
         reason = None
         try:
@@ -220,7 +229,7 @@ class Wandb:
             if not live:
                 raise
             reason = f"it works offline: {' '.join(str(error).split()) or type(error).__name__}"
-            wandb.teardown()  # ends its service, which holds the id while it waits for an answer; takes a few seconds
+            wandb.teardown()  # ends wandb's service, which blocks this id while it still waits; takes a few seconds
             self._run = wandb.init(**given, settings=settings, mode="offline")
         self._sends = not (self._run.offline or self._run.disabled)
         if self._sends:
@@ -242,7 +251,7 @@ class Wandb:
             self._held = position(row)
 
     def close(self, exit_code: int | None) -> State:
-        if exit_code == ExitCode.STOPPED:  # wandb's word for a run that is to go on
+        if exit_code == ExitCode.STOPPED:  # a run that will be resumed; wandb calls it preempting
             self._run.mark_preempting()
         self._run.finish(exit_code=ExitCode.DEFECT if exit_code is None else exit_code)
         return replace(self.state, held=self._held)

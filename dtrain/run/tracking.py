@@ -1,12 +1,12 @@
-"""How trackers follow a run: one process for each reads metrics.jsonl as it grows and sends on the new rows.
+"""Runs trackers beside a run: for each tracker a process reads metrics.jsonl as it grows, and gives it the new rows.
 
     trainer, rank 0                         python -m dtrain.run.tracking RUN wandb follow
       a row into metrics.jsonl
       a byte into the pipe     ------->     wakes, reads the new lines, gives them to the tracker
       at the end at most LIMIT_SECONDS, then it is killed
 
-The file serves as the queue, so nothing is copied or dropped. `dtrain sync` starts the same process, which then reads
-the file from its beginning, for the rows that a tracker has missed.
+The file is the queue, so no row is lost if a tracker falls behind. `dtrain sync` starts the same process after the run;
+it reads the file from its beginning, for the rows that a tracker has missed.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ from dtrain.world import STOP_SIGNALS
 
 FOLDER = "trackers"  # of a run directory; in it a folder for each tracker
 LOG = "log.txt"  # the output of the tracker and its package
-LIMIT_SECONDS = 3.0  # the longest that the end of a run waits for all trackers together
-ORPHAN_SECONDS = 60.0  # the longest that a tracker lives on after a run that was killed
+LIMIT_SECONDS = 3.0  # at its end a run waits at most so long for all trackers together
+ORPHAN_SECONDS = 60.0  # after a run was killed, its trackers end after at most this time
 ROW, END = b"\n", b"."  # what the trainer writes into the pipe
 
 
 def folder_of(run: Path, name: str) -> Path:
-    """Where a tracker keeps its state, its log and what it writes; a name with a slash in it is one folder too."""
+    """The folder for a tracker's state, log and files. A slash in its name is quoted, so that it is a single folder."""
     return run / FOLDER / quote(name, safe=":")
 
 
 class Tracking:
-    """The tracker processes of a run, held by the trainer. No method raises or starts a thread; only `close` waits.
+    """The tracker processes of a run, as the training process controls them.
 
-    Cost: starting one process for each tracker, and a system call for each row.
+    No method raises or starts a thread, and only `close` waits. Cost: one process is started for each tracker; one
+    system call for each row and tracker.
     """
 
     def __init__(self, run: Path, names: Sequence[str]) -> None:
@@ -88,7 +89,8 @@ class Tracking:
 
     def _ring(self, byte: bytes) -> None:
         for follower in self._followers.values():
-            # a full pipe already holds bytes that will wake the tracker; a broken one is of a dead tracker: see `close`
+            # An error does no harm: a full pipe holds bytes already that will wake the tracker, and a broken pipe means
+            # that the tracker has died, which `close` reports.
             with contextlib.suppress(OSError):
                 if follower.stdin is not None:
                     follower.stdin.write(byte)
@@ -96,7 +98,7 @@ class Tracking:
     def close(self) -> list[tuple[str, bool]]:
         """End the trackers, within LIMIT_SECONDS, or at once after Ctrl-C.
 
-        Returns a line about each, and whether it lacks rows.
+        Returns for each a message for the user, and whether it lacks rows.
         """
         self._ring(END)
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -121,8 +123,8 @@ class Tracking:
         state = State.read(folder_of(self._run, name))
         if state.held >= self._last:
             return f"{name}: {state.where or 'there was nothing to send'}", False
-        reason = state.error or self._failed.get(name, "not all rows are there")
-        return f"{name}: {reason}; nothing is lost: dtrain sync {shown(self._run)} sends what is missing there", True
+        reason = state.error or self._failed.get(name, "it does not have all rows yet")
+        return f"{name}: {reason}; nothing is lost: dtrain sync {shown(self._run)} sends the missing rows", True
 
 
 def _command(run: Path, name: str, how: str) -> list[str]:
@@ -132,16 +134,16 @@ def _command(run: Path, name: str, how: str) -> list[str]:
 def _kill(follower: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(follower.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a hanging disk does not die
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a disk cannot be killed
         follower.wait(0.2)
 
 
 def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Send all rows of a run that has ended to trackers, which take those that they lack. The packages may print.
+    """Give all rows of a run that has ended to trackers, which store those that they lack. Their packages may print.
 
-    names: of trackers; empty for those that have followed the run.
-    Returns a dictionary for each: tracker, where, error. Raises UsageError for a run that does not exist or still
-    runs, and where there is no tracker to send it to.
+    names: of the trackers; if empty, those that have followed the run.
+    Returns a dictionary for each: tracker, where, error. Raises UsageError for a run that does not exist or has not
+    ended, and if there is no tracker.
     """
     record = read_record(run)
     if record is None:
@@ -169,9 +171,9 @@ def sync(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> State:
-    """Give a tracker the rows it lacks, each time that `wait` returns True and a last time when it returns False.
+    """Give a tracker the rows that it lacks, each time that `wait` returns True, and once more when it returns False.
 
-    live: as Tracker says. Returns the state that the tracker ends with. Raises whatever the tracker raises.
+    live: see Tracker. Returns the tracker's state at the end. Raises whatever the tracker raises.
     """
     folder = folder_of(run, name)
     known = replace(State.read(folder), error=None)
@@ -179,7 +181,7 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
     state = known if live else replace(known, held=NOTHING)
     tracker: Tracker | None = None
     last = NOTHING  # position of the last row that was given to the tracker
-    more = wait()  # the first row is announced after a resume has cut the file back
+    more = wait()  # nothing is read before: until the first row is announced, a resume may still cut the file back
     lines = _lines(run / METRICS)
     while True:
         while (row := next(lines)) is not None:
@@ -188,7 +190,7 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
             if tracker is None:
                 tracker = load(find([name])[0])(folder, _about(run), state, live=live)
                 state = getattr(tracker, "state", known)
-                lines = _lines(run / METRICS)  # from the beginning: it may want more than this row
+                lines = _lines(run / METRICS)  # from the beginning, since the tracker may want earlier rows too
             else:
                 tracker.write(row)
                 last = position(row)
@@ -204,8 +206,8 @@ def follow(run: Path, name: str, wait: Callable[[], bool], *, live: bool) -> Sta
 
 
 def _lines(path: Path) -> Iterator[Row | None]:
-    """The rows of a growing file, None whenever there is no further whole line. Never ends."""
-    while not path.exists():  # as long as it does not exist, the run has written no row
+    """The rows of a growing file; yields None whenever there is no further complete line. Never ends."""
+    while not path.exists():  # no row has been written yet
         yield None
     with path.open("rb") as file:
         line = b""
@@ -214,7 +216,7 @@ def _lines(path: Path) -> Iterator[Row | None]:
             if not line.endswith(b"\n"):
                 yield None
                 continue
-            with contextlib.suppress(ValueError):  # a damaged line is left to those who read the whole run
+            with contextlib.suppress(ValueError):  # a damaged line is skipped here; `read_rows` reports it
                 if (row := parsed(line)) is not None:
                     yield row
             line = b""
@@ -228,7 +230,10 @@ def _about(run: Path) -> About:
 
 
 def _bell() -> bool:
-    """Wait for the trainer: True for a row, False when it has ended; this process then has ORPHAN_SECONDS left."""
+    """Wait for the training process. Returns True if it announces a row, False if it has ended.
+
+    After its end, this process is killed if it takes longer than ORPHAN_SECONDS.
+    """
     data = os.read(0, 1 << 16)
     if data and END not in data:
         return True
@@ -237,10 +242,13 @@ def _bell() -> bool:
 
 
 def main(run: Path, name: str, how: str) -> int:
-    """What a tracker's process does; returns its exit code, which is 1 where the reason stands in its state."""
+    """Run a tracker's process; returns its exit code. After an error that is 1, and the reason is in the state.
+
+    how: "follow" beside a run that goes on, "again" for `dtrain sync`.
+    """
     live, folder = how == "follow", folder_of(run, name)
     if live:
-        for number in STOP_SIGNALS:  # meant for the trainer; a tracker ends when the trainer does
+        for number in STOP_SIGNALS:  # these are meant for the training process, after which a tracker ends anyway
             signal.signal(number, signal.SIG_IGN)
     lock = Lock(folder / LOCK)
     while not lock.acquire():  # the tracker of a run that was killed a moment ago may still be busy
@@ -261,4 +269,4 @@ if __name__ == "__main__":
     code = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # skips atexit, where what hangs would hang `dtrain sync` as well
+    os._exit(code)  # without the exit handlers of packages, which may hang, and `dtrain sync` with them

@@ -1,6 +1,6 @@
-"""What a user may say, and nothing else: no torch, and nothing that takes long to import.
+"""The settings of a run: their types, defaults, bounds and help texts. Nothing here imports torch or is slow to import.
 
-A setting is one line in its panel (network, optimization, data, augmentation, evaluation, machine, run). values.py is
-what values may be, config.py all panels as one TrainConfig, layers.py where values come from, identity.py which of them
-make a run what it is.
+A setting is one line in its panel (network, optimization, data, augmentation, evaluation, machine, run). values.py
+converts and checks values, config.py joins the panels into one TrainConfig, layers.py combines the defaults, a recipe,
+a file and the flags, and identity.py tells which settings determine the results of a run.
 """

@@ -1,4 +1,4 @@
-"""TrainConfig: everything that a run is a function of, as one frozen value made of panels."""
+"""TrainConfig: all settings of a run as one frozen value, made of panels."""
 
 from __future__ import annotations
 
@@ -57,8 +57,11 @@ class TrainConfig:
 
     @classmethod
     def elsewhere(cls, table: Mapping[str, Any], here: Mapping[str, Any]) -> TrainConfig:
-        """`stored`, to look at a run in one process elsewhere: `here` has its device, folders and reader."""
-        # over one process synchronised batch norm is batch norm, which the CPU has as well
+        """Like `stored`, for looking at a run in a single process, perhaps on another machine.
+
+        here: the device, folders and reader of this machine, which are used in place of the run's own.
+        """
+        # in a single process synchronised batch norm equals plain batch norm, which a CPU can compute too
         return cls.stored({**table, **here, "backend": "auto", "sync_bn": False})
 
     @classmethod
@@ -76,13 +79,16 @@ class TrainConfig:
 
     @property
     def by_hand(self) -> frozenset[str]:
-        """The settings that were given as flags: what is wrong with these is an error, of a recipe's it is left out."""
+        """The settings that were given as flags.
+
+        It is an error if one of these has no effect or does not fit; from a recipe it is ignored or adjusted.
+        """
         return frozenset(name for name, origin in self.origins.items() if origin == layers.FLAG)
 
     def settings(self) -> dict[str, Any]:
         """Every setting as a value of JSON and TOML; None is left out, since TOML has no null.
 
-        They stand for themselves: what came from a recipe is among them, so `recipe` is none.
+        The values that came from a recipe are included, so `recipe` itself is "none" and none is applied again.
         """
         values = {name: plain(value) for name in SETTINGS if (value := self.value(name)) is not None}
         return {name: value for name, value in {**values, "recipe": "none"}.items() if value != {}}

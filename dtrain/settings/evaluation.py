@@ -1,4 +1,4 @@
-"""When and how a run is evaluated."""
+"""Settings of the evaluations during a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from dtrain.settings.values import Every, Panel, above, setting, within, without
 
 @dataclass(frozen=True)
 class Evaluation(Panel):
-    """Evaluations during a run."""
+    """How often a run is evaluated, in batches of which size, and at which accuracy it ends early."""
 
     title: ClassVar[str] = "Evaluation"
     attribute: ClassVar[str] = "evaluation"
 
     eval_batch_size: int = setting(
-        500, "images in one chunk of an evaluation; the chunks are the same for any number of processes", above(0)
+        500,
+        "images in one batch of an evaluation; the batches are the same for any number of processes, and so are the "
+        "results",
+        above(0),
     )
     eval_every: Every = setting(Every(epochs=1), "how often to evaluate: 500steps, 1epoch, or end", without_clock)
     stop_at_accuracy: float | None = setting(
-        None, "end the run as soon as an evaluation reaches this top-1 accuracy, as a fraction", within("(0, 1]")
+        None,
+        "end the run as soon as an evaluation reaches this top-1 accuracy, a fraction such as 0.94 [default: never]",
+        within("(0, 1]"),
     )

@@ -1,4 +1,7 @@
-"""Which settings make a run what it is: what a resume must find again, and what the run directory is named after."""
+"""Which settings determine the results of a run. A resume must not change them, and the run directory is named by them.
+
+The name holds a digest of these settings, so the same command finds its own run again.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from dtrain.settings.values import plain
 
 
 def results(config: TrainConfig) -> dict[str, Any]:
-    """The settings that shape the numbers and differ from their defaults, as values of JSON.
+    """The settings that determine the results and differ from their defaults, as JSON values.
 
-    A setting that a later version adds, with a default that means what went before, changes none of this. So the same
-    command finds its run again after an upgrade; tests/test_identity.py holds the names of ten commands.
+    A new setting whose default keeps the behaviour from before it existed changes nothing here. So the same
+    command finds its run again after an upgrade; tests/test_identity.py pins the names of ten commands.
     """
     return {
         name: plain(config.value(name))
@@ -29,7 +32,10 @@ def results(config: TrainConfig) -> dict[str, Any]:
 
 
 def digest(config: TrainConfig, inputs: Mapping[str, str] | None = None) -> str:
-    """Eight hex digits of `results` and of the run's inputs (digests of files that it starts from, by name)."""
+    """The first eight hex digits of the SHA-256 of `results` and of the run's inputs.
+
+    inputs: the digests of the files that the run starts from, by name.
+    """
     shaping = {**results(config), **({"inputs": dict(inputs)} if inputs else {})}
     return hashlib.sha256(canonical_json(shaping)).hexdigest()[:8]
 
@@ -43,7 +49,11 @@ def run_name(config: TrainConfig) -> str:
 
 
 def run_path(config: TrainConfig) -> Path:
-    """The run directory that `config` names. With `--resume none` the run may get `<it>-2` or a later one instead."""
+    """The run directory that `config` names.
+
+    With `--resume none`, where that directory is in use already, the run gets the first free one of `<path>-2`,
+    `<path>-3` and so on instead; see `rundir.open_run`.
+    """
     if config.run.resume not in ("auto", "none"):
         given = Path(config.run.resume)
         return given.parent.parent if given.parent.name == CHECKPOINTS else given
@@ -51,7 +61,10 @@ def run_path(config: TrainConfig) -> Path:
 
 
 def check_resume(config: TrainConfig) -> None:
-    """Raise UsageError where `--resume PATH` names another directory than `--output`, or a checkpoint set aside."""
+    """Raise UsageError if `--resume PATH` and `--output` name different directories, or PATH a renamed checkpoint.
+
+    A checkpoint is renamed, with a word such as `.undone` at the end, when it is damaged or replaced by an older one.
+    """
     if config.run.resume in ("auto", "none"):
         return
     path, asked, output = run_path(config), Path(config.run.resume), config.run.output
@@ -69,9 +82,9 @@ def check_resume(config: TrainConfig) -> None:
         )
 
 
-WHERE = ("output", "name", "resume", "recipe")  # how a run is found, and no part of it
+WHERE = ("output", "name", "resume", "recipe")  # settings that say which run directory is meant, and are no part of it
 
 
 def differing(was: TrainConfig, asked: TrainConfig) -> list[str]:
-    """The settings in which two configs differ and which shape the numbers: a resume refuses them."""
+    """The settings that determine the results and differ between two configs; a resume refuses to change them."""
     return [name for name, known in SETTINGS.items() if not known.place and was.value(name) != asked.value(name)]

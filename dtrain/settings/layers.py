@@ -1,7 +1,8 @@
-"""Where values come from: defaults < recipe < `--config FILE` < flags. A later layer wins.
+"""The layers that values come from: defaults < recipe < `--config FILE` < flags. A later layer wins.
 
-A setting may belong to the choice of another (`of` in its line): a layer that chooses another optimizer begins the
-rate, the momentum and the options of the optimizer anew, since those of a recipe were meant for the recipe's optimizer.
+A setting may depend on another one (`of` in its line). Where a layer chooses another optimizer, for instance, the
+learning rate, the momentum and the optimizer's options of the layers below it are dropped, since those of a recipe were
+meant for the recipe's optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ Settings = Mapping[str, Setting]
 
 
 def combined(settings: Settings, file: Path | None, flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of all layers by name, and where each came from; see `TrainConfig.of`. settings: those there are."""
+    """The values of all layers by name, and the layer that each came from; see `TrainConfig.of`.
+
+    settings: all settings that exist, by name.
+    """
     given = checked(settings, {name: value for name, value in flags.items() if value is not None})
     if file is None and "arch" not in given:
         file = _config_of_run(given.get("resume", "auto"))
@@ -34,7 +38,8 @@ def combined(settings: Settings, file: Path | None, flags: Mapping[str, Any]) ->
     layers: list[tuple[str, Mapping[str, Any]]] = [(str(file), from_file), (FLAG, given)]
     if name not in (None, "none"):
         layers.insert(0, (f"recipe {name}", _from_recipe(settings, name)))
-        layers.insert(0, ("architecture and data set", {"recipe": name}))  # unless a later layer says so itself
+        # the lowest layer: it only shows where the recipe's name came from if no other layer gives it
+        layers.insert(0, ("architecture and data set", {"recipe": name}))
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -49,9 +54,10 @@ def combined(settings: Settings, file: Path | None, flags: Mapping[str, Any]) ->
 
 
 def _left_behind(settings: Settings, values: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:
-    """The settings that belong to something which `layer` chooses otherwise than the layers below it."""
+    """The settings to drop, because `layer` chooses something else for a setting that they depend on."""
 
-    def kept(name: str) -> bool:  # the same plugin named again keeps what belongs to it; a number is said anew
+    # naming the same plugin again drops nothing; giving --epochs again drops --steps, even if the number is the same
+    def kept(name: str) -> bool:
         before = values.get(name, settings[name].default)
         return isinstance(layer[name], str) and _bare(layer[name]) == _bare(before)
 
@@ -66,7 +72,7 @@ def _bare(name: str) -> str:
 
 
 def _from_recipe(settings: Settings, name: str) -> dict[str, Any]:
-    """The settings of a recipe. Raises PluginError naming its distribution if they are none."""
+    """The settings of a recipe. Raises PluginError, which names its distribution, if one of them is not valid."""
     recipe = find_recipe(name)
     try:
         return checked(settings, read_recipe(recipe))
@@ -77,7 +83,7 @@ def _from_recipe(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def _config_of_run(resume: str) -> Path | None:
-    """The config.toml of the run that `--resume PATH` means; None where it is no path."""
+    """The config.toml of the run that `--resume PATH` names; None if `resume` is "auto" or "none"."""
     if resume in ("auto", "none"):
         return None
     path = Path(resume)
@@ -99,6 +105,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def dataset_name(dataset: str | None) -> str:
-    """A data set's name for recipes and run directories: a path counts by its last part without endings."""
+    """A data set's name for recipes and run directories; of a path, its last part without endings."""
     text = Data.dataset if dataset is None else dataset
     return Path(text).name.split(".")[0] if "/" in text or "." in text else text

@@ -1,4 +1,4 @@
-"""What a run is computed with."""
+"""Settings of the computation: device, processes, precision and memory layout."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from dtrain.settings.values import Panel, above, at_least, setting
 
 @dataclass(frozen=True)
 class Machine(Panel):
-    """Device, processes, precision and memory layout."""
+    """Where a run is computed, by how many threads, in which precision and memory layout."""
 
     title: ClassVar[str] = "Machine"
     attribute: ClassVar[str] = "machine"
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device; auto takes cuda where there is one", place=True)
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "device to train on; auto takes cuda if there is a GPU, else cpu", place=True
+    )
     backend: Literal["auto", "gloo", "nccl"] = setting(
-        "auto", "backend of torch.distributed for gradients; auto takes nccl on cuda, else gloo", place=True
+        "auto", "torch.distributed backend that averages the gradients; auto takes nccl on CUDA, else gloo", place=True
     )
     threads: int = setting(
-        0, "compute threads of each process; 0 divides the cores among the processes", at_least(0), place=True
+        0,
+        "CPU threads of each process; 0 divides the cores among the processes of this machine",
+        at_least(0),
+        place=True,
     )
     dist_timeout: float = setting(
         300.0, "seconds after which a process that does not answer is given up and the run ends", above(0), place=True
     )
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "type of the arithmetic under autocast; the weights stay float32"
+        "auto",
+        "data type of autocast (mixed precision); the weights stay float32; auto takes bfloat16 if the GPU or CPU "
+        "computes it natively, else float16 on a GPU and float32 on a CPU",
     )
-    channels_last: bool = setting(True, "keep images and filters in channels-last memory")
+    channels_last: bool = setting(True, "keep images and convolution weights in channels-last (NHWC) memory format")
     compile: bool = setting(False, "compile the network with torch.compile")
-    deterministic: bool = setting(False, "use deterministic kernels only; on CUDA slower, and needed for equal bits")
+    deterministic: bool = setting(
+        False, "use deterministic kernels only: slower on CUDA, where they are needed for bit-identical results"
+    )

@@ -1,4 +1,4 @@
-"""Which network is trained."""
+"""Settings of the network that is trained."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Network(Panel):
     sync_bn: bool = setting(False, "compute batch-norm statistics over all processes together (CUDA only)")
 
     def check(self) -> None:
-        """An architecture has no default."""
+        """Raise UsageError if no architecture is given, since there is no default."""
         if not self.arch:
             raise UsageError("--arch is missing; `dtrain archs` lists what there is, for a start: --arch allcnn_c")

@@ -1,4 +1,4 @@
-"""How the weights are updated."""
+"""Settings of the training itself: how the weights are updated, and for how long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.settings.values import Panel, above, at_least, setting, within
 
 @dataclass(frozen=True)
 class Optimization(Panel):
-    """The optimizer, the batch, how long to train, the course of the learning rate, and what else shapes an update."""
+    """The optimizer, the batch size, how long to train, the learning-rate schedule, and what else affects an update."""
 
     title: ClassVar[str] = "Optimization"
     attribute: ClassVar[str] = "optimization"
@@ -28,7 +28,7 @@ class Optimization(Panel):
     nesterov: bool | None = setting(None, "use Nesterov momentum [default: the optimizer's]", of="opt")
     weight_decay: float | None = setting(
         None,
-        "weight decay; biases and norm parameters are exempt [default: the optimizer's]",
+        "weight decay; it is not applied to biases, norm parameters and embeddings [default: the optimizer's]",
         at_least(0),
         flags=("--weight-decay", "--wd"),
         of="opt",
@@ -36,19 +36,25 @@ class Optimization(Panel):
     freeze: tuple[str, ...] | None = setting(
         None,
         "parameters that are not trained: patterns for their names, comma-separated, such as 'stem.*'; with @EPOCH "
-        "they are trained from that epoch on: 'stem.*@3'. Batch norm in a frozen part keeps its statistics",
+        "they are trained from that epoch on, counted from 0, such as 'stem.*@3'. Batch norm in a frozen part keeps "
+        "its running statistics [default: all parameters are trained]",
     )
     layer_decay: float | None = setting(
         None,
-        "factor between the learning rates of one layer and of the next one towards the head, such as 0.75",
+        "layer-wise learning-rate decay: each layer's learning rate is this factor times that of the next layer "
+        "towards the head, such as 0.75 [default: the same rate for all layers]",
         within("(0, 1]"),
     )
     head_lr: float | None = setting(
-        None, "peak learning rate of the head, which gives the logits, in place of --lr", above(0), of="opt"
+        None,
+        "peak learning rate of the head, the layer that computes the logits [default: that of --lr]",
+        above(0),
+        of="opt",
     )
     batch_size: Staged = setting(
         Staged.parse(128),
-        "images in one step, over all processes together; 64,640@200 changes it at epoch 200",
+        "images in one step, over all processes together; 64,640@200 means 64 at first and 640 from epoch 200 on, "
+        "counted from 0",
         flags=("-b", "--batch-size"),
     )
     epochs: float = setting(10.0, "passes over the training set; fractions such as 2.5 are allowed", above(0))
@@ -57,17 +63,29 @@ class Optimization(Panel):
         "linear", "learning-rate schedule: a name that `dtrain plugins` lists, or ./file.py:function"
     )
     schedule_opt: dict[str, str] = setting({}, "option of the schedule, as key=value; may be repeated", of="schedule")
-    warmup_epochs: float = setting(0.0, "epochs over which the learning rate first rises from near zero", at_least(0))
-    smoothing: float = setting(0.0, "label smoothing", within("[0, 1)"))
-    clip_grad: float | None = setting(None, "scale the gradient of a step down to this norm if it is larger", above(0))
+    warmup_epochs: float = setting(
+        0.0, "epochs at the start over which the learning rate rises linearly from near zero", at_least(0)
+    )
+    smoothing: float = setting(0.0, "label smoothing, a fraction such as 0.1", within("[0, 1)"))
+    clip_grad: float | None = setting(
+        None,
+        "gradient clipping: a gradient whose norm is larger than this is scaled down to this norm [default: none]",
+        above(0),
+    )
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop",
-        "what to do when a loss is not finite: end the run (stop), or leave the update of that step out on every "
-        "process, also if only its gradient is not finite (skip); 20 skipped steps in a row end the run",
+        "what to do if a loss is not finite: stop ends the run; skip leaves the update of that step out on every "
+        "process, also if only its gradient is not finite, until 20 skipped steps in a row end the run",
     )
     grad_accum_steps: int = setting(
-        1, "number of micro-batches that each process's share of a batch is divided into, to save memory", above(0)
+        1,
+        "number of micro-batches into which each process divides its share of a batch, to save memory; their "
+        "gradients are accumulated",
+        above(0),
     )
     ema: float | None = setting(
-        None, "decay of an exponential moving average of the weights, which is evaluated as well", within("(0, 1)")
+        None,
+        "decay of an exponential moving average (EMA) of the weights, such as 0.999; the average is evaluated as well "
+        "[default: no average]",
+        within("(0, 1)"),
     )

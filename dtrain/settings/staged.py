@@ -1,6 +1,6 @@
 """Staged settings: a size that changes at given epochs of a run, written `64` or `64,640@200`.
 
-The first value counts from the start of the run; each `value@epoch` after it counts from the beginning of that epoch,
+The first value holds from the start of the run; each `value@epoch` after it holds from the beginning of that epoch,
 where epochs are counted from 0. So `64,640@200` is 64 for 200 epochs and 640 from then on.
 """
 
@@ -50,7 +50,7 @@ class Staged:
         return cls(tuple(kept))
 
     def at(self, epoch: int) -> int:
-        """The value that counts in `epoch`, which is 0 or greater."""
+        """The value in `epoch`, which is 0 or greater."""
         return self.changes[bisect.bisect_right(self.changes, epoch, key=lambda change: change[0]) - 1][1]
 
     @property
@@ -65,7 +65,7 @@ class Staged:
 
     @property
     def last(self) -> int:
-        """The value that counts from the last change on."""
+        """The value from the last change on."""
         return self.changes[-1][1]
 
     @property

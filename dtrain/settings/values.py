@@ -1,6 +1,8 @@
-"""What a value may be: one engine from text, TOML or Python to a checked value, for settings and plugins' options.
+"""Conversion of text, TOML values and Python values to checked values of an annotated type.
 
-value_of   a value of an annotated type (int, Literal, tuple of floats, ...), or Unfit, which says what to give instead
+It is used both for settings and for the options of plugins.
+
+value_of   converts to an annotated type (int, Literal, tuple of floats, ...), or raises Unfit, which says what to give
 setting    one field of a panel: default, help, bounds, flags
 Panel      a frozen dataclass of settings, valid from the moment it exists
 Every      an interval of a run: so many steps, epochs or seconds
@@ -108,7 +110,7 @@ def _text(given: Any) -> str:
 
 
 def _options(given: Any) -> dict[str, str]:
-    """Options as text by key: from ["key=value", ...] of the command line, or from a table."""
+    """Options as text by key: from the command line's ["key=value", ...], or from a table of TOML."""
     if isinstance(given, Mapping):
         return {str(key): _option_text(value) for key, value in given.items()}
     pairs = {}
@@ -193,9 +195,10 @@ def setting(
 ) -> Any:
     """One setting, as a field of a panel; its annotation is its type, and a Literal lists its choices.
 
-    help: for `--help`, with the unit. place: it says where and how a run is computed, and does not shape its numbers.
-    flags: where they are others than `--name`. of: the setting to whose choice it belongs: who chooses another
-    optimizer begins its options anew. whole: makes a short form of the value whole, so that both are one run.
+    help: the text in `--help`, with the unit. place: the setting says where or how a run is computed and does not
+    affect its results. flags: its flags, if they are not just `--name`. of: the setting that this one depends on; where
+    that is chosen anew, such as another optimizer, this one starts from its default (see layers.py). whole: completes a
+    short form of the value, so that the short and the complete form name the same run.
     """
     about = {"help": help, "check": check, "flags": flags, "place": place, "of": of, "whole": whole}
     if isinstance(default, dict):
@@ -240,7 +243,7 @@ def _shown(given: Any, value: Any) -> str:
 
 
 class Panel:
-    """Base of the panels: every value is converted and checked when one is made. Raises UsageError."""
+    """Base of the panels. Creating one converts and checks every value in it. Raises UsageError."""
 
     title: ClassVar[str]  # the heading under which `--help` lists its flags
     attribute: ClassVar[str]  # its name in TrainConfig
@@ -256,7 +259,7 @@ class Panel:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The panel's part of `values`, by name; what is not there has its default."""
+        """The panel with its own settings among `values` (by name), and defaults for those that are missing."""
         return cls(**{known.name: values[known.name] for known in settings_of(cls) if known.name in values})
 
 
@@ -273,7 +276,10 @@ def settings_of(panel: type[Panel]) -> tuple[Setting, ...]:
 
 
 def checked(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` by name of their setting, converted and checked. Raises UsageError, naming the nearest setting."""
+    """`values`, by the names of their settings, converted and checked.
+
+    Raises UsageError for a value that does not fit, and for an unknown name, with the nearest known one.
+    """
     if unknown := next((name for name in values if name not in settings), None):
         raise UsageError(f"{unknown} is not a setting; {nearest(unknown, settings)}")
     return {name: settings[name].value(value) for name, value in values.items()}
@@ -285,7 +291,7 @@ def flag_of(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON and TOML know it: paths, intervals and stages as text, tuples as lists."""
+    """A value in the types of JSON and TOML: paths, intervals and spans as text, tuples as lists."""
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     if hasattr(value, "plain"):
@@ -300,7 +306,7 @@ _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Every:
-    """An interval of a run: so many steps, epochs or seconds; none of them means "only at the end"."""
+    """An interval of a run, in steps, epochs or seconds; if all three are None, "only at the end"."""
 
     steps: int | None = None
     epochs: float | None = None
@@ -332,7 +338,7 @@ class Every:
 
 
 def without_clock(every: Every) -> None:
-    """Refuse an interval in seconds, for what must come at the same step in every run. Raises Unfit."""
+    """Raise Unfit for an interval in seconds, which would be due at different steps in different runs."""
     if every.seconds is not None:
         raise Unfit("not an interval; give 500steps, 1epoch or end")
 

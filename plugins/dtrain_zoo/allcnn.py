@@ -40,7 +40,7 @@ class AllCNN(nn.Module):
             channels = width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [b, C, H, W] to logits [b, K]: for each class the average of its map."""
+        """Map images [b, C, H, W] to logits [b, K]; the logit of a class is the average of its feature map."""
         maps: Tensor = self.classify(self.layers(images))
         return maps.mean((2, 3))
 
@@ -50,7 +50,7 @@ def allcnn_c(
 ) -> nn.Module:
     """All-CNN-C. It has 1,369,738 parameters for 10 classes of RGB images.
 
-    dropout: 0.2 on the image and 0.5 after each strided layer, as published. norm: `batch` puts a batch norm after each
-    layer but the last, in place of that layer's bias.
+    dropout: as published, dropout of 0.2 on the image and of 0.5 after each strided layer. norm: `batch` adds a batch
+    norm after each layer but the last; these layers then have no bias.
     """
     return AllCNN(num_classes, in_channels, dropout, norm)

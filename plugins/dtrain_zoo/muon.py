@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
+"""Muon, SGD with orthogonalised momentum matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the quintic of Jordan et al. 2024, which drives singular values to between 0.7 and 1.2 in five steps
+# coefficients of the quintic of Jordan et al. 2024, which brings singular values to between 0.7 and 1.2 in five steps
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices_BMN: Tensor, steps: int) -> Tensor:
-    """Nearly the nearest semi-orthogonal matrices, by Newton-Schulz. (B, M, N) to float32 (B, M, N).
+    """Approximately the nearest semi-orthogonal matrices, by Newton-Schulz iteration. (B, M, N) to float32 (B, M, N).
 
-    It is computed in bfloat16 where the device has that natively, as published, and in float32 where it has not.
+    Computed in bfloat16, as published, if the device supports that natively, else in float32.
     """
     x = matrices_BMN.to(torch.bfloat16 if has_bfloat16(matrices_BMN.device.type) else torch.float32)
     tall = x.size(-2) > x.size(-1)
@@ -33,7 +33,7 @@ def orthogonalize(matrices_BMN: Tensor, steps: int) -> Tensor:
 
 @cache
 def has_bfloat16(device_type: str) -> bool:
-    """Whether matrices are multiplied in bfloat16 by the processor or GPU itself; elsewhere it is emulated, slowly."""
+    """Whether the processor or GPU multiplies matrices in bfloat16 natively; otherwise this is emulated, slowly."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
@@ -41,12 +41,12 @@ def has_bfloat16(device_type: str) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum, except that in groups with `orthogonal` set the updates are made orthogonal first.
+    """SGD with momentum, in which groups with `orthogonal` set have their updates orthogonalised.
 
-    Filters of convolutions are taken as matrices with one row for each output channel. One update of a filter w of
-    shape (M, ...), N = numel / M: w -= lr * weight_decay * w, then
-    w -= lr * sqrt(max(1, M / N)) * orthogonal(nesterov(momentum)). Filters of the same shape are computed together.
-    State: one momentum buffer for each parameter, in its own strides. No host sync.
+    A convolution's weight is treated as a matrix with one row for each output channel. The update of a weight w of
+    shape (M, ...), with N = numel / M, is: w -= lr * weight_decay * w, then
+    w -= lr * sqrt(max(1, M / N)) * orthogonal(nesterov(momentum)). Weights of the same shape are computed together.
+    State: one momentum buffer for each parameter, with the parameter's strides. No host sync.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # returns no loss
-        """One update from the gradients as they are."""
+        """Make one update from the current gradients."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -108,11 +108,12 @@ def muon(
     aux_weight_decay: float = 0.0,
     ns_steps: int = 5,
 ) -> torch.optim.Optimizer:
-    """Muon for filters; the classifier, embeddings, biases and norms take SGD with momentum at `aux_lr`.
+    """Muon for the hidden weights; the head, embeddings, biases and norms are updated by SGD with momentum.
 
-    weight_decay: of the filters, times lr. aux_lr (default: lr) and aux_weight_decay: rate and decay of all that is not
-    made orthogonal. A group whose rate or decay is not the run's, as by --head-lr, keeps its own; --layer-decay scales
-    either rate.
+    Hidden weights are the parameters with the role "filter": weights of convolutions and linear layers before the head.
+    weight_decay: of the hidden weights; they shrink by lr * weight_decay in each update. aux_lr (default: lr) and
+    aux_weight_decay: learning rate and weight decay of all other parameters. A group whose rate or decay differs from
+    the run's, as the head's with --head-lr, keeps its own; --layer-decay scales both lr and aux_lr.
     """
     groups = []
     for group in param_groups:
@@ -128,7 +129,10 @@ def muon(
 
 
 def _members(group: dict[str, Any], *, filters: bool) -> dict[str, Any]:
-    """The group with its filters alone, or all else; without roles, what has two dimensions or more is a filter."""
+    """The group with its filters only, or with all other parameters only.
+
+    A group without roles treats every parameter with two dimensions or more as a filter.
+    """
     parameters = list(group["params"])
     roles = group.get("roles") or ["filter" if p.ndim >= 2 else "vector" for p in parameters]
     kept = [number for number, role in enumerate(roles) if (role == "filter") == filters]

@@ -7,11 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LARGE = 96  # side in pixels from which on enough detail is left after the published stem, which divides it by four
+LARGE = 96  # side in pixels; smaller images lose too much detail in the published stem, which divides it by four
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, to which a shortcut is added; it is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with a shortcut around them, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -73,9 +73,9 @@ def resnet18(
     """ResNet-18. For 10 classes of RGB images it has 11,173,962 parameters, or 11,181,642 with the large stem.
 
     stem: `small` is one 3x3 convolution, as is usual for CIFAR; `large` is the published 7x7 convolution of stride 2
-    with a max-pool, after which the network costs a sixteenth of the arithmetic; `auto` is large for images of 96
-    pixels a side and more. zero_last_norm: the last norm of each block starts at zero, so that the block starts as its
-    shortcut (Goyal et al. 2017, section 5.1).
+    with a max-pool, after which the rest of the network needs a sixteenth of the arithmetic; `auto` is large for images
+    of 96 pixels a side and more, else small. zero_last_norm: the weights of the last norm of each block start at zero,
+    so that each block starts as its shortcut alone (Goyal et al. 2017, section 5.1).
     """
     large = stem == "large" or (stem == "auto" and image_size >= LARGE)
     return ResNet(num_classes, in_channels, (2, 2, 2, 2), zero_last_norm, large)

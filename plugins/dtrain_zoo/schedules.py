@@ -1,8 +1,8 @@
 """Learning-rate schedules as plugins: pure functions of the samples seen so far.
 
 Each is `f(seen, total, **options) -> factor`, where `seen` of the `total` samples of the run are done, 0 <= seen <
-total, and the factor multiplies the learning rate of every parameter group. The trainer puts a warm-up before the
-schedule, so none is drawn here. Each raises ValueError for an option that would not make a rate.
+total, and the factor multiplies the learning rate of every parameter group. The trainer itself adds the warm-up before
+the schedule, so there is none here. Each raises ValueError for an option that is out of bounds.
 """
 
 from __future__ import annotations
