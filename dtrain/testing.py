@@ -114,7 +114,7 @@ def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **
         before = {key: value.detach().clone() for key, value in module.named_parameters()}
         step(module, made, 0.0)
         for key, value in module.named_parameters():
-            _hold(torch.equal(value, before[key]), f"optimizer {name} changes weights at lr 0, so it ignores the schedule")
+            _hold(torch.equal(value, before[key]), f"optimizer {name} changes weights at lr 0: it ignores the schedule")
         for _ in range(2):
             step(module, made, 1.0)
         for key, value in module.named_parameters():
@@ -161,7 +161,7 @@ def check_dataset(dataset: str | Callable[..., Any], data_dir: Path | str = "dat
     plugin = plugins.find("dataset", dataset) if isinstance(dataset, str) else here
     place, again = (place_of(plugin, function, Path(data_dir), options) for _ in range(2))
     digest = source_digest_of(place)
-    _hold(digest == source_digest_of(again), f"data set {name} has a different digest each time, so every run converts it")
+    _hold(digest == source_digest_of(again), f"data set {name} has a different digest each time: every run converts it")
     for part, split in open_source(place, Conversion(), digest).splits.items():
         first, second = ([hashlib.sha256(decode().tobytes()).digest() for decode in split.pictures()] for _ in range(2))
         _hold(first == second, f"data set {name}: {part} has different pictures each time, but its digest is the same")

@@ -76,7 +76,7 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
         "--batch-size -b N images in one step, over all processes together; 64,640@200 changes it at epoch 200",
         "--epochs X passes over the training set; fractions such as 2.5 are allowed [default: 10]",
         "--dist-timeout X seconds after which a process that does not answer is given up and the run ends",
-        "--nproc N processes on this machine, as torchrun starts them [default: 1]",
+        "--nproc N number of processes to start on this machine [default: 1]",
         "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
         "--amp-dtype TEXT type of the arithmetic under autocast; the weights stay float32; one of auto, float32, "
         "bfloat16, float16",
