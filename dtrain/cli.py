@@ -341,7 +341,7 @@ def _prove_resume(
     stops: Annotated[int, typer.Option(help="how often the run is stopped or killed, at random steps")] = 5,
     json_: JsonFlag = False,
 ) -> None:
-    """Check that a run which is stopped and killed ends bit for bit as without. The flags of `train` follow `--`."""
+    """Check that a run which is stopped and killed ends bit for bit as without. Flags of `train` follow `--`."""
     from dtrain.commands.prove import prove_resume, report
 
     report(prove_resume(context.args, stops=stops), as_json=json_)
@@ -353,7 +353,7 @@ def _prove_ranks(
     worlds: Annotated[str, typer.Option(help="the numbers of processes, separated by commas")] = "1,2,4",
     json_: JsonFlag = False,
 ) -> None:
-    """Check that samples, schedule and accuracy are equal on any number of processes. The flags of `train` follow `--`."""
+    """Check that samples, schedule and accuracy do not depend on the process count. Flags of `train` follow `--`."""
     from dtrain.commands.prove import prove_ranks, report
 
     numbers = [w.strip() for w in worlds.split(",")]
