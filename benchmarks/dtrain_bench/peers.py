@@ -152,7 +152,7 @@ def turns_of(
 ) -> dict[str, Any]:
     """Run all trainers `turns` times, every second turn in the opposite order.
 
-    Returns `rates`, the values of each trainer in each turn, and `ratios`, of dtrain's images per second to the others'.
+    Returns `rates`, the values of each trainer in each turn, and `ratios`, dtrain's images per second over the others'.
     """
     rates: dict[str, dict[str, list[float]]] = {str(c): {} for c in contenders}
     for turn in range(turns):
