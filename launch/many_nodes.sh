@@ -27,9 +27,9 @@ print(probe.getsockname()[0])' "$HEAD")
 # For the same reason the rendezvous cannot tell by itself whether this machine is HEAD.
 if [ "$NODE_RANK" -eq 0 ]; then is_host=1; else is_host=0; fi
 
-# Ranks are assigned in the order in which machines join and not by NODE_RANK. So rank 0, which writes the run directory,
-# may be on any machine, and --output should be on storage that all share. one_node.sh explains --max-restarts and the
-# signals.
+# Ranks are assigned in the order in which machines join and not by NODE_RANK. So rank 0, which writes the run
+# directory, may be on any machine, and --output should be on storage that all share. one_node.sh explains
+# --max-restarts and the signals.
 exec torchrun --nnodes="$NNODES" --nproc-per-node="${NPROC:-auto}" --max-restarts=0 \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29400}" --rdzv-id="${JOB_ID:-dtrain}" \
     --rdzv-conf="is_host=$is_host" --local-addr="$address" \
