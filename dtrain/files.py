@@ -79,7 +79,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Make the folder `path` atomically: yields a temporary folder beside it, to be filled inside the `with`.
 
     If the block succeeds, every file in the folder is fsynced and the folder is renamed to `path`; otherwise it is
-    removed. Subfolders are not fsynced. `path` must not exist, since a rename cannot replace a folder that holds files.
+    removed. It must have no subfolders. `path` must not exist, since a rename cannot replace a folder that holds files.
     """
     part = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
