@@ -341,7 +341,7 @@ def _prove_resume(
     stops: Annotated[int, typer.Option(help="how often the run is stopped or killed, at random steps")] = 5,
     json_: JsonFlag = False,
 ) -> None:
-    """Check that a run which is stopped and killed ends bit for bit as without. Flags of `train` follow `--`."""
+    """Check that stopping and killing a run does not change a bit of its result. Flags of `train` follow `--`."""
     from dtrain.commands.prove import prove_resume, report
 
     report(prove_resume(context.args, stops=stops), as_json=json_)

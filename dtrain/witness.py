@@ -102,7 +102,7 @@ class Witness:
         return True
 
     def told_by_another(self) -> DtrainError | None:
-        """The error that another process has stored, or one that names a process of this host that died without.
+        """The error that another process has stored; or, if a process of this host died without one, one that names it.
 
         None if there is neither within two heartbeats, or if the store is gone.
         """

@@ -102,7 +102,7 @@ class World:
         self.stop_reason: str | None = None  # the name of the signal that asked this process to stop
         self._meeting: rendezvous.Meeting | None = None
         self._witness: Witness | None = None
-        self._control: Any = None  # the gloo group for everything but gradients
+        self._control: Any = None  # the gloo group for everything but gradients and buffers
         self._posted: Any = None
         self._pending = Ask()
 
@@ -176,8 +176,8 @@ class World:
     def listening(self) -> Iterator[None]:
         """Inside the `with` block, take SIGTERM, SIGINT and SIGUSR1 as requests to stop, which `agreed` tells to all.
 
-        The handler only sets a flag, since it must not start a collective. Outside the main thread, as under Ray, no
-        handler can be set, and signals keep their effect.
+        The handler only sets a flag: it must not start a collective, and Python calls it only after a collective that
+        blocks has returned. Outside the main thread, as under Ray, no handler can be set, and signals keep their effect.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -341,9 +341,9 @@ class World:
 
 
 def _told(error: Exception, *, elsewhere: bool) -> Exception:
-    """The error, with the mark whether another process prints it. An unexpected one that is marked so loses its type.
+    """A DtrainError that knows whether another process prints it; an unexpected error that is printed here, unchanged.
 
-    It becomes a DtrainError, so that this process does not print a traceback.
+    An unexpected error that another process prints becomes a DtrainError, so that this process prints no traceback.
     """
     if isinstance(error, DtrainError):
         return error.told(elsewhere=elsewhere)
