@@ -176,7 +176,7 @@ class World:
     def listening(self) -> Iterator[None]:
         """Inside the `with` block, take SIGTERM, SIGINT and SIGUSR1 as requests to stop, which `agreed` tells to all.
 
-        The handler only sets a flag: it must not start a collective, and Python calls it only after a blocking collective
+        The handler only sets a flag: it must not start a collective, and Python calls it only after one that blocks
         has returned. Outside the main thread, as under Ray, no handler can be set, and signals keep their effect.
         """
         if threading.current_thread() is not threading.main_thread():
