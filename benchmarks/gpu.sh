@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a machine with a CUDA GPU can check, in about six minutes; run it from the root of a checkout.
-# dtrain need not be installed: this writes the metadata in which Python finds the plugins. PYTHON chooses the interpreter.
-# Each check prints its exit code; the script ends with the number of those that failed.
+# Runs all checks that need a CUDA GPU, in about six minutes: benchmarks/gpu.sh
+# dtrain need not be installed: the script writes the package metadata through which Python finds the plugins into the
+# checkout. PYTHON chooses the interpreter.
+# Each check prints its exit code. The script's own exit code is the number of checks that failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-unset CI  # where CI is set, a missing FFCV is a failure, and a machine with a GPU need not have it
+unset CI  # where CI is set, the tests fail if FFCV is missing, which a machine with a GPU need not have
 python=${PYTHON:-python3}
 PYTHONPATH=$PWD:$PWD/plugins:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH PYTHONUNBUFFERED=1
@@ -13,7 +14,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=0
 
-check() {  # check NAME SECONDS COMMAND ...: run it, show the end of what it prints, count a failure
+check() {  # check NAME SECONDS COMMAND ...: run COMMAND with a time limit, show its last lines, count a failure
     local name=$1 limit=$2 started=$SECONDS code
     shift 2
     timeout "$limit" "$@" >"$folder/log" 2>&1

@@ -1,4 +1,4 @@
-"""`python -m dtrain` and `dtrain`: the one place where an error is printed and the exit code is given."""
+"""The entry point of `dtrain` and `python -m dtrain`: the only place that prints errors and sets the exit code."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from dtrain.errors import DtrainError, ExitCode, Stopped
 from dtrain.runtime import tune_allocator
 from dtrain.world import place
 
-OF_OUTPUT = (errno.ENOSPC, errno.EPIPE, errno.EIO)
+OF_OUTPUT = (errno.ENOSPC, errno.EPIPE, errno.EIO)  # what writing to standard output may fail with
 GROUP_FLAGS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
-TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads a worker's error there, and prints it at its own end
+TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"  # the file from which torchrun reads a worker's error, to print it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command line and exit with 0 or with the code of the error, which is printed on stderr in one line."""
-    tune_allocator()  # must happen before anything allocates
+    """Run a command line, then exit with 0 or with an error's exit code. The error is one line on stderr."""
+    tune_allocator()  # first, because the settings only affect memory that is allocated later
     _heed_signals()
     if TORCHRUN_FILE in os.environ:
         faulthandler.enable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0].startswith("-") and arguments[0] not in GROUP_FLAGS:
-        arguments.insert(0, "train")  # flags without a verb mean `train`
+        arguments.insert(0, "train")  # a command line that begins with a flag of `train` means the command `train`
     debug = "--debug" in arguments
     code, told = int(ExitCode.DONE), True
-    is_run = arguments[:1] == ["train"]  # a run leaves more than what it prints
+    is_run = arguments[:1] == ["train"]  # its results are in files, so training succeeds even if printing fails
     try:
         from dtrain.cli import run
 
         run(arguments)
         if not is_run:
-            sys.stdout.flush()  # otherwise the output that was asked for could be lost without an error
+            sys.stdout.flush()  # now, while a failure can still be reported; the output is the command's result
     except DtrainError as error:
         code = error.exit_code
         line = str(error) if isinstance(error, Stopped) else f"error: {error}"
@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _heed_signals() -> None:
-    """Let TERM and USR1 end a process as Ctrl-C does, with the same exit code, until a run listens for them itself.
+    """Let SIGTERM and SIGUSR1 end a single process as Ctrl-C does, with the same exit code.
 
-    Several processes keep the default, which ends each at once: Python's own handlers run only between two bytecodes,
-    and so would wait for a collective to return.
+    A training run later installs its own handlers. With several processes the signals keep their default, which ends a
+    process at once: a Python handler runs only between two bytecodes, so it would wait for a blocking collective.
     """
     if place().size == 1:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -77,21 +77,21 @@ def _heed_signals() -> None:
 
 
 def _tell(line: str, with_traceback: bool, table: str = "") -> None:
-    with contextlib.suppress(OSError):  # nobody may read stderr; the exit code still says what happened
+    with contextlib.suppress(OSError):  # stderr may be closed; the exit code still says what happened
         if with_traceback:
             traceback.print_exc()
         print(table + _one_line(line), file=sys.stderr)
 
 
 def _one_line(text: str) -> str:
-    """An error of a plugin may have several lines."""
+    """Join the lines of an error text, since the text of a plugin's error may have several."""
     return " ".join(text.split("\n"))
 
 
 def _leave_for_torchrun(line: str, with_traceback: bool) -> None:
-    """Give torchrun what it prints of this worker: the line alone, or the stack that ends in it.
+    """Write the file from which torchrun prints this worker's error: the line alone, or with its traceback.
 
-    The file is what torch's own `@record` would write, which has the stack in it in any case.
+    The format is that of torch's `@record` decorator, which always includes the traceback.
     """
     if not (file := os.environ.get(TORCHRUN_FILE)):
         return
@@ -104,7 +104,7 @@ def _leave_for_torchrun(line: str, with_traceback: bool) -> None:
 
 
 def _unwritten(refused: OSError) -> ExitCode:
-    """The exit code where standard output did not take all that was asked for; a reader that has left wants no more."""
+    """The exit code after standard output could not be written; 0 if its reader, such as `head`, closed the pipe."""
     if isinstance(refused, BrokenPipeError):
         return ExitCode.DONE
     _tell(f"error: standard output could not be written: {refused.strerror}; free some space", False)
@@ -112,11 +112,16 @@ def _unwritten(refused: OSError) -> ExitCode:
 
 
 def _leave(code: int, told: bool) -> None:
-    """Exit, at once after an error among several processes: tearing down a gloo group would wait for its peers."""
+    """Flush the output and exit.
+
+    After an error in a run of several processes Python's clean-up is skipped, because closing a gloo process group
+    would wait for the other processes. told: whether this process prints the error of the run; it then also leaves the
+    exit code for `dtrain train --nproc`.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Python would try again at its end and exit with 120, so the rest is thrown away here
+        except OSError:  # Python would flush again at exit, fail and exit with 120, so the unwritten rest is discarded
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and told and (file := os.environ.get(CODE_FILE)):
         Path(file).write_text(str(int(code)), encoding="ascii")

@@ -1,4 +1,7 @@
-"""The Typer application: parse, call, print. The flags of `train` are the fields of TrainConfig; no torch at import."""
+"""The command line, as a Typer application: every command parses its arguments, calls a function and prints its result.
+
+The flags of `train` are made from the settings of TrainConfig. Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -29,32 +32,40 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-TRAIN, LOOK, INSTALLED, BESIDE = "Train", "Look at what was trained", "Look at what is installed", "Beside training"
-config_app = typer.Typer(no_args_is_help=True, help="What a run would be set to, and why.")
-plugins_app = typer.Typer(
-    invoke_without_command=True, help="List every plugin and where it comes from; begin your own."
+TRAIN, LOOK, INSTALLED, BESIDE = (
+    "Train",
+    "Look at what was trained",
+    "Look at what is installed",
+    "Data, proofs and benchmarks",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Converted data sets: make, look at, check.")
-prove_app = typer.Typer(no_args_is_help=True, help="Have dtrain's promises proven on your own run.")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure, in ratios, on this machine.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at the settings that a run would use.")
+plugins_app = typer.Typer(
+    invoke_without_command=True, help="List every plugin and where it comes from; create one of your own."
+)
+data_app = typer.Typer(no_args_is_help=True, help="Convert data sets; inspect and check the converted files.")
+prove_app = typer.Typer(no_args_is_help=True, help="Check dtrain's promises on a run of your own.")
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmark dtrain against alternatives on this machine.")
 app.add_typer(config_app, name="config", rich_help_panel=TRAIN)
 app.add_typer(plugins_app, name="plugins", rich_help_panel=INSTALLED)
 app.add_typer(data_app, name="data", rich_help_panel=BESIDE)
 app.add_typer(prove_app, name="prove", rich_help_panel=BESIDE)
 app.add_typer(bench_app, name="bench", rich_help_panel=BESIDE)
 
-_arguments: list[str] = []  # the command line as given, for the processes that --nproc starts
+_arguments: list[str] = []  # the command line as given, from which --nproc makes those of the processes that it starts
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-QuickFlag = Annotated[bool, typer.Option("--quick", help="Fewer and shorter turns: a look, not a record.")]
-LoaderFlag = Annotated[str, typer.Option(help="auto, ffcv or memory")]
-DeviceFlag = Annotated[str | None, typer.Option(help="auto, cpu or cuda; the run's if not given")]
-DataDirFlag = Annotated[Path | None, typer.Option(help="where named sets are looked for; the run's if not given")]
-CacheDirFlag = Annotated[Path | None, typer.Option(help="where betons are kept; the run's if not given")]
+QuickFlag = Annotated[bool, typer.Option("--quick", help="Run few and short turns, to try it out; not for records.")]
+LoaderFlag = Annotated[str, typer.Option(help="reader of the images: auto, ffcv or memory")]
+DeviceFlag = Annotated[str | None, typer.Option(help="auto, cpu or cuda; by default the run's own")]
+DataDirFlag = Annotated[Path | None, typer.Option(help="folder of the named data sets; by default the run's own")]
+CacheDirFlag = Annotated[Path | None, typer.Option(help="folder of the converted files; by default the run's own")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def run(arguments: list[str]) -> None:
-    """Parse and run one command line. Raises DtrainError; SystemExit with 0 after help."""
+    """Parse and run one command line.
+
+    Raises DtrainError, KeyboardInterrupt after Ctrl-C, and SystemExit with the exit code of a run that --nproc started.
+    """
     _arguments[:] = arguments
     command = typer.main.get_command(app)
     try:
@@ -62,34 +73,38 @@ def run(arguments: list[str]) -> None:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own kind, whether installed or inside Typer
+        if not hasattr(error, "format_message"):  # only click's usage errors have it; Typer may bring its own click
             raise
-        if type(error).__name__ == "NoArgsIsHelpError":  # a verb that needs another word; its help has been printed
+        if type(error).__name__ == "NoArgsIsHelpError":  # such as `dtrain data` alone; its help has been printed
             return
         flag, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
         if flag is None or context is None or type(error).__name__ != "NoSuchOption":
             raise UsageError(" ".join(error.format_message().split())) from None
         known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
         raise UsageError(f"{flag} is not a flag; {nearest(flag, known)}") from None
-    if code == ExitCode.STOPPED_UNSAVED:  # what Typer makes of KeyboardInterrupt
+    if code == ExitCode.STOPPED_UNSAVED:  # Typer turns KeyboardInterrupt into this code
         raise KeyboardInterrupt
     if isinstance(code, int) and code:
         sys.exit(code)
 
 
 ConfigFile = Annotated[
-    Path | None, own_flag("--config", Run.title, "TOML file of settings, such as a run's config.toml", "PATH")
+    Path | None, own_flag("--config", Run.title, "TOML file of settings, such as the config.toml of a run", "PATH")
 ]
 DryRun = Annotated[
-    bool, own_flag("--dry-run", Run.title, "print plan, shapes, parameters, memory and first rates; stop")
+    bool,
+    own_flag(
+        "--dry-run", Run.title, "print the plan, shapes, parameters, memory and first learning rates; do not train"
+    ),
 ]
 Nproc = Annotated[
-    int, own_flag("--nproc", Machine.title, "processes on this machine, as torchrun starts them \\[default: 1]", "N")
+    int,
+    own_flag("--nproc", Machine.title, "number of processes to start on this machine \\[default: 1]", "N"),
 ]
-Debug = Annotated[bool, own_flag("--debug", Run.title, "add the traceback to an error")]
+Debug = Annotated[bool, own_flag("--debug", Run.title, "print the traceback of an error too")]
 
 
-# -- verbs -------------------------------------------------------------------------------------------------------------
+# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 @app.callback(invoke_without_command=True)
@@ -102,11 +117,11 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def _train(
     settings: dict[str, Any], config: ConfigFile = None, dry_run: DryRun = False, nproc: Nproc = 1, debug: Debug = False
 ) -> None:
-    """Train; the verb may be left out. Run the same command again to go on where it stopped."""
+    """Train a network. The same command again continues a run that was stopped. The word `train` may be left out."""
     asked = TrainConfig.of(config, **settings)
     if nproc < 1:
         raise UsageError(f"--nproc {nproc}: give 1 or more")
-    find("architecture", asked.network.arch)  # a slip is told before torch is imported
+    find("architecture", asked.network.arch)  # reports a misspelled name before torch is imported, which is slow
     find("optimizer", asked.optimization.opt)
     find("schedule", asked.optimization.schedule)
     trackers.find(asked.run.track)
@@ -139,21 +154,21 @@ config_app.command("show")(with_flags(_config_show))
 
 
 def _here(**given: Any) -> dict[str, Any]:
-    """Where a run is looked at: settings that take the place of its own, as far as they are given."""
+    """The settings given to a command that reads a run; they replace the run's own values."""
     return {name: SETTINGS[name].value(value) for name, value in given.items() if value is not None}
 
 
 @app.command("eval", rich_help_panel=LOOK)
 def _eval(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
-    checkpoint: Annotated[str, typer.Option(help="last, best or a step")] = "last",
+    checkpoint: Annotated[str, typer.Option(help="last, best or the step of a checkpoint")] = "last",
     loader: LoaderFlag = "auto",
     device: DeviceFlag = None,
     data_dir: DataDirFlag = None,
     cache_dir: CacheDirFlag = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Evaluate a run's checkpoint: exact counts, top-1 and top-5, per class."""
+    """Evaluate a checkpoint of a run: loss, top-1 and top-5 accuracy, and the accuracy for each class."""
     from dtrain.commands.evaluate import evaluate_run, print_evaluation
     from dtrain.files import finite
 
@@ -164,15 +179,17 @@ def _eval(
 @app.command("replay", rich_help_panel=LOOK)
 def _replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
-    step: Annotated[int, typer.Option(metavar="K", help="the step, as rows and log lines count them")],
-    out: Annotated[Path | None, typer.Option(metavar="PATH", help="folder for the pictures")] = None,
+    step: Annotated[int, typer.Option(metavar="K", help="the step, counted from 1 as in metrics.jsonl and the log")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="folder for the pictures; by default ./replay-RUN-STEP")
+    ] = None,
     loader: LoaderFlag = "auto",
     device: DeviceFlag = None,
     data_dir: DataDirFlag = None,
     cache_dir: CacheDirFlag = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Compute one step of a run again and look at it: losses, gradient, what is not finite, and its pictures."""
+    """Compute one step of a run again: print losses, gradient norm and what is not finite; draw the batch's images."""
     from dtrain.commands.replay import print_replay, replay
     from dtrain.files import finite
 
@@ -183,9 +200,10 @@ def _replay(
 
 @app.command("runs", rich_help_panel=LOOK)
 def _runs(
-    folder: Annotated[Path, typer.Argument(help="where runs are kept")] = Path("runs"), json_: JsonFlag = False
+    folder: Annotated[Path, typer.Argument(help="the folder that holds the runs")] = Path("runs"),
+    json_: JsonFlag = False,
 ) -> None:
-    """List the runs of a folder: status, step, accuracy."""
+    """List the runs in a folder with status, step and accuracy."""
     from dtrain.commands.show import print_table
     from dtrain.run.rundir import summaries
 
@@ -195,10 +213,10 @@ def _runs(
 @app.command("sync", rich_help_panel=LOOK)
 def _sync(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
-    track: Annotated[str, typer.Option(help="trackers, comma-separated; those that followed it if not given")] = "",
+    track: Annotated[str, typer.Option(help="trackers, separated by commas; by default those of the run")] = "",
     json_: JsonFlag = False,
 ) -> None:
-    """Send a run to trackers such as wandb, from its metrics.jsonl: what they missed, or all of it."""
+    """Send the rows of a run's metrics.jsonl to trackers such as wandb: those that a tracker has not received yet."""
     from dtrain.commands.sync import sync_run
 
     sync_run(run, SETTINGS["track"].value(track), as_json=json_)
@@ -206,7 +224,7 @@ def _sync(
 
 @app.command("archs", rich_help_panel=INSTALLED)
 def _archs(json_: JsonFlag = False) -> None:
-    """List the architectures that are installed. None of them is imported."""
+    """List the installed architectures, without importing them."""
     from dtrain.commands.show import plugin_rows, print_table
 
     print_table("architectures", plugin_rows("architecture"), as_json=json_)
@@ -214,7 +232,7 @@ def _archs(json_: JsonFlag = False) -> None:
 
 @app.command("optimizers", rich_help_panel=INSTALLED)
 def _optimizers(json_: JsonFlag = False) -> None:
-    """List the optimizers that are installed. None of them is imported."""
+    """List the installed optimizers, without importing them."""
     from dtrain.commands.show import plugin_rows, print_table
 
     print_table("optimizers", plugin_rows("optimizer"), as_json=json_)
@@ -222,9 +240,9 @@ def _optimizers(json_: JsonFlag = False) -> None:
 
 @plugins_app.callback()
 def _plugins(context: typer.Context, json_: JsonFlag = False) -> None:
-    """List all architectures, optimizers, schedules, data sets, trackers and recipes with the package of each.
+    """List all architectures, optimizers, schedules, data sets, trackers and recipes, and the package of each.
 
-    None of them is imported. The verb `new` begins a package of your own.
+    None of them is imported. `dtrain plugins new` creates a package of your own.
     """
     from dtrain.commands.show import plugin_rows, print_table, recipe_rows
 
@@ -235,19 +253,19 @@ def _plugins(context: typer.Context, json_: JsonFlag = False) -> None:
 
 @plugins_app.command("new")
 def _plugins_new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="of the package and its architecture: my_net")],
-    into: Annotated[Path, typer.Option(metavar="PATH", help="folder to make it in")] = Path(),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the package and its architecture: my_net")],
+    into: Annotated[Path, typer.Option(metavar="PATH", help="the folder in which the package is created")] = Path(),
 ) -> None:
-    """Make a package of your own: an architecture, a recipe and a test, to be filled in."""
+    """Create a package of your own, with a small architecture, a recipe and a test for you to change."""
     from dtrain.commands.new_plugin import new_plugin, next_steps
 
     print(next_steps(new_plugin(name, into)))
 
 
 def _data_convert(
-    settings: dict[str, Any], dataset: Annotated[str, typer.Argument(help="a named data set, a folder or a tar")]
+    settings: dict[str, Any], dataset: Annotated[str, typer.Argument(help="a named data set, a folder or a tar file")]
 ) -> None:
-    """Convert a data set for training, ahead of it."""
+    """Convert a data set to .beton files before training, and print their paths."""
     asked = Data.of({**settings, "dataset": dataset})
     from dtrain.commands.data import convert
     from dtrain.run.console import Console
@@ -262,7 +280,7 @@ data_app.command("convert")(with_flags(_data_convert, CONVERSION))
 
 @data_app.command("inspect")
 def _data_inspect(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = False) -> None:
-    """Print what a .beton holds: images, classes, sizes, mean and deviation, origin."""
+    """Print the facts about a .beton file: images, classes, sizes, mean and standard deviation, origin."""
     from dtrain.commands.data import inspect
     from dtrain.commands.show import print_facts
 
@@ -271,7 +289,7 @@ def _data_inspect(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = Fa
 
 @data_app.command("verify")
 def _data_verify(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = False) -> None:
-    """Check a .beton's structure and every byte of it."""
+    """Check the structure of a .beton file and the checksum of its bytes."""
     from dtrain.commands.data import verify
     from dtrain.commands.show import print_facts
 
@@ -281,12 +299,12 @@ def _data_verify(beton: Annotated[Path, typer.Argument()], json_: JsonFlag = Fal
 @data_app.command("show", context_settings=PASS_ON)
 def _data_show(
     context: typer.Context,
-    step: Annotated[int, typer.Option(help="the step whose batch is drawn, from 1")] = 1,
-    images: Annotated[int, typer.Option(help="how many of its images")] = 32,
-    out: Annotated[Path, typer.Option(help="PNG file to draw")] = Path("sheet.png"),
-    run: Annotated[Path | None, typer.Option(help="run directory to take the settings from")] = None,
+    step: Annotated[int, typer.Option(help="the step whose batch is drawn, counted from 1")] = 1,
+    images: Annotated[int, typer.Option(help="how many images of the batch are drawn")] = 32,
+    out: Annotated[Path, typer.Option(help="the PNG file to write")] = Path("sheet.png"),
+    run: Annotated[Path | None, typer.Option(help="run directory whose settings are used")] = None,
 ) -> None:
-    """Draw what the network will see at a step, with class names: `-- FLAGS` of train, or --run RUN."""
+    """Draw the training images of a step as the network receives them. Give --run, or flags of `train` after `--`."""
     if images < 1:
         raise UsageError(f"--images {images}: give 1 or more")
     asked = _asked(context.args, run)
@@ -296,7 +314,7 @@ def _data_show(
 
 
 def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
-    """The settings that flags of train mean, on top of those of a run if one is named; no architecture is needed."""
+    """The settings that are given by flags of `train` and, below them, by a run. An architecture need not be given."""
     layers: list[tuple[dict[str, Any], Path | None]] = []
 
     def keep(settings: dict[str, Any], config: ConfigFile = None) -> None:
@@ -312,7 +330,7 @@ def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
         config = run / RUN_CONFIG
         if not config.is_file():
             raise UsageError(f"--run {run}: no run is there; give a run directory")
-    if config is None and "arch" not in settings:  # nobody says whether one channel would do: all are drawn
+    if config is None and "arch" not in settings:  # the architecture decides on gray or RGB images; without one, RGB
         settings = {"arch": "none", "channels": "3", **settings}
     return TrainConfig.of(config, **settings)
 
@@ -320,10 +338,10 @@ def _asked(arguments: list[str], run: Path | None) -> TrainConfig:
 @prove_app.command("resume", context_settings=PASS_ON)
 def _prove_resume(
     context: typer.Context,
-    stops: Annotated[int, typer.Option(help="times the run is stopped or killed, at random steps")] = 5,
+    stops: Annotated[int, typer.Option(help="how often the run is stopped or killed, at random steps")] = 5,
     json_: JsonFlag = False,
 ) -> None:
-    """Show that your run, stopped and killed at random steps, ends with the bits of the unbroken one: `-- FLAGS`."""
+    """Check that stopping and killing a run does not change a bit of its result. Flags of `train` follow `--`."""
     from dtrain.commands.prove import prove_resume, report
 
     report(prove_resume(context.args, stops=stops), as_json=json_)
@@ -332,10 +350,10 @@ def _prove_resume(
 @prove_app.command("ranks", context_settings=PASS_ON)
 def _prove_ranks(
     context: typer.Context,
-    worlds: Annotated[str, typer.Option(help="numbers of processes, comma-separated")] = "1,2,4",
+    worlds: Annotated[str, typer.Option(help="the numbers of processes, separated by commas")] = "1,2,4",
     json_: JsonFlag = False,
 ) -> None:
-    """Show that any number of processes sees the same samples and counts the same: `-- FLAGS`."""
+    """Check that samples, schedule and accuracy do not depend on the process count. Flags of `train` follow `--`."""
     from dtrain.commands.prove import prove_ranks, report
 
     numbers = [w.strip() for w in worlds.split(",")]
@@ -346,7 +364,7 @@ def _prove_ranks(
 
 @bench_app.command("overhead")
 def _bench_overhead(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
-    """The trainer, end to end, against a bare loop on resident data."""
+    """Compare a full training run with a bare training loop on one batch that stays in memory."""
     from dtrain_bench.overhead import main
 
     main(quick=quick, as_json=json_)
@@ -354,7 +372,7 @@ def _bench_overhead(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
 
 @bench_app.command("loaders")
 def _bench_loaders(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
-    """The readers against the same kernel on a resident array."""
+    """Compare the image readers with the same augmentation on an array in memory."""
     from dtrain_bench.loaders import main
 
     main(quick=quick, as_json=json_)
@@ -362,13 +380,17 @@ def _bench_loaders(quick: QuickFlag = False, json_: JsonFlag = False) -> None:
 
 @bench_app.command("peers")
 def _bench_peers(
-    network: Annotated[list[str] | None, typer.Option(help="allcnn_c or small; repeatable: both if not given")] = None,
-    turns: Annotated[int, typer.Option(help="times each contender is run")] = 5,
-    data_dir: Annotated[Path, typer.Option(help="where CIFAR-10 is looked for; else synthetic images")] = Path("data"),
+    network: Annotated[
+        list[str] | None, typer.Option(help="allcnn_c or small, may be repeated; by default both")
+    ] = None,
+    turns: Annotated[int, typer.Option(help="how often each trainer is run")] = 5,
+    data_dir: Annotated[
+        Path, typer.Option(help="the folder with CIFAR-10; if it is not there, synthetic images are used")
+    ] = Path("data"),
     quick: QuickFlag = False,
     json_: JsonFlag = False,
 ) -> None:
-    """The trainer against plain PyTorch, Lightning and Accelerate: images per second, loaders included."""
+    """Compare images per second with plain PyTorch, Lightning and Accelerate, data loading included."""
     from dtrain_bench.peers import main
 
     main(networks=network or ["allcnn_c", "small"], turns=turns, data_dir=data_dir, quick=quick, as_json=json_)

@@ -1,17 +1,18 @@
-"""What can go wrong, and the exit code that says which.
+"""The exceptions of dtrain and the exit code of each.
 
     DtrainError
     |-- UsageError     2   a flag, a setting or a plugin
     |   `-- PluginError
-    |-- DataError      3   a source, a beton or a label
+    |-- DataError      3   the source of a data set, a converted file (beton) or a label
     |-- ProcessError   4   a process died or hung
     |-- DivergedError  5   a loss or a weight that is not finite
     |-- StorageError   6   a disk that is full, read-only or damaged
-    |-- ProofError     7   a bar or a proof missed
+    |-- ProofError     7   a proof or a benchmark that failed
     `-- Stopped       75   the run was asked to stop and has saved: run it again
 
-Every message is one line that says what was asked, what was found and what to do. The library raises; the command line
-prints the line once and exits with the code. `run.json` keeps both, because torchrun turns every failure into 1.
+Every message is one line that says what was asked, what was found and what to do. The library raises these exceptions;
+the command line prints the message once and exits with the code. `run.json` keeps both, because torchrun's own exit
+code is 1 for every failure.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Self
 
 
 class ExitCode(IntEnum):
-    """What a process of dtrain ends with."""
+    """The exit codes of dtrain's processes."""
 
     DONE = 0
     DEFECT = 1  # an exception that nobody expected, in dtrain or in a plugin
@@ -33,20 +34,20 @@ class ExitCode(IntEnum):
     DIVERGED = 5
     STORAGE = 6
     PROOF = 7
-    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run it again
-    STOPPED_UNSAVED = 130  # what a shell reports after Ctrl-C
+    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the run was stopped and has saved; run it again to continue
+    STOPPED_UNSAVED = 130  # stopped before anything was saved; what a shell reports after Ctrl-C
 
 
-MOST_CHOICES = 100  # that an error line lists; a family may have thousands
+MOST_CHOICES = 100  # the most names that an error lists; a family of plugins may have thousands
 
 
 class DtrainError(Exception):
-    """Anything that dtrain can explain in one line.
+    """An error that dtrain can explain in one line.
 
-    exit_code: what the process ends with; every class has its own default.
-    table: more about the error for a terminal, which the command line prints above the line.
-    told_elsewhere: whether another process of the run prints the line. None means that nobody has decided it, as for a
-    wrong flag, which all processes find alike: the first process of each host then prints it.
+    exit_code: the exit code of the process; every class has its own default.
+    table: details for a terminal, which the command line prints above the message.
+    told_elsewhere: True if another process of the run prints the message, False if this one does. None means that this
+    is not decided, as for a wrong flag, which every process finds by itself: the first process of each host prints it.
     """
 
     exit_code: ExitCode = ExitCode.DEFECT
@@ -60,7 +61,7 @@ class DtrainError(Exception):
         self.told_elsewhere = told_elsewhere
 
     def told(self, *, elsewhere: bool) -> Self:
-        """The same error with its stack and cause, once it is known which process prints it."""
+        """A copy of this error, with its traceback and cause, that knows whether another process prints it."""
         same = type(self)(str(self), self.exit_code, self.table, elsewhere)
         same.__cause__, same.__suppress_context__ = self.__cause__, self.__suppress_context__
         return same.with_traceback(self.__traceback__)
@@ -73,17 +74,17 @@ class UsageError(DtrainError):
 
 
 class PluginError(UsageError):
-    """A plugin or a recipe that is not there, cannot be imported or does not keep its contract."""
+    """A plugin or a recipe that does not exist, cannot be imported or breaks its contract (plugins/README.md)."""
 
 
 class DataError(DtrainError):
-    """A source or a beton that cannot be read, or that does not hold what it claims to hold."""
+    """A data set's source or a converted file (beton) that cannot be read or is not what it should be."""
 
     exit_code = ExitCode.DATA
 
 
 class ProcessError(DtrainError):
-    """A process of this run died, hung or left."""
+    """A process of this run died, hung, or could not be reached."""
 
     exit_code = ExitCode.PROCESS
 
@@ -101,26 +102,27 @@ class StorageError(DtrainError):
 
 
 class ProofError(DtrainError):
-    """`dtrain prove` or a benchmark found a difference, or a bar that was missed."""
+    """`dtrain prove` found a difference between runs, or a command that a benchmark ran has failed."""
 
     exit_code = ExitCode.PROOF
 
 
 class Stopped(DtrainError):
-    """The run was asked to stop (by a signal or `--max-time`), has saved, and goes on when it is run again."""
+    """The run was asked to stop (by a signal or `--max-time`) and has saved; the same command continues it."""
 
     exit_code = ExitCode.STOPPED
 
 
 def exit_code_of(error: Exception) -> ExitCode:
-    """The exit code of any exception: an error that dtrain cannot explain is a defect."""
+    """The exit code for any exception; one that is not a DtrainError counts as a defect."""
     return error.exit_code if isinstance(error, DtrainError) else ExitCode.DEFECT
 
 
 def nearest(asked: str, choices: Iterable[str]) -> str:
-    """The end of an error line: the closest of `choices` to `asked`, else all of them, or the first of very many.
+    """A suggestion to end an error message with: the one of `choices` that is spelled most like `asked`.
 
-    nearest("adamv", ["adam", "sgd"]) == "did you mean 'adam'?"; with nothing close, "choose from: adam, sgd".
+    nearest("adamv", ["adam", "sgd"]) == "did you mean 'adam'?"; if none is similar, "choose from: adam, sgd", with the
+    first MOST_CHOICES names at most.
     """
     known = sorted(set(choices))
     close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)

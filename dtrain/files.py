@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, digests, and locks that death frees."""
+"""Atomic writes of files and folders, digests, and locks that the kernel frees when their owner dies."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dtrain.errors import StorageError
 
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 
-PARTIAL = ".partial-"  # what an unfinished file or folder is called until it is renamed; never matches a real name
+PARTIAL = ".partial-"  # begins the name of an unfinished file or folder; no finished one has such a name
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hex digits. Streams; O(size)."""
+    """The SHA-256 of a file's bytes, as 64 hex digits. Reads the file once, in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value that digests are taken of: sorted keys, no spaces, UTF-8.
+    """A JSON value as bytes to take a digest of; equal values give equal bytes: sorted keys, no spaces, UTF-8.
 
     Raises ValueError for a float that is not finite: JSON has no spelling for it.
     """
@@ -37,7 +37,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with null in the place of every float that is not finite: what is written for people to plot."""
+    """A copy of a JSON value with None (null in JSON) in place of every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -48,7 +48,7 @@ def finite(value: Any) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut: fsync of the directory itself."""
+    """Call fsync on a folder, so that files created or renamed in it are still there after a power failure."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -58,9 +58,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; on a clean exit it is fsynced and renamed to `path`, else removed.
+    """Write the file `path` atomically: yields a temporary path in the same folder, to be written inside the `with`.
 
-    The old file stays until the new one is complete. OSError of the disk comes out as it is.
+    If the block succeeds, the temporary file is fsynced and renamed to `path`; otherwise it is removed. An old file
+    stays until the new one is complete. An OSError is passed on unchanged.
     """
     part = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     try:
@@ -75,9 +76,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; on a clean exit every file is fsynced and the folder renamed to `path`.
+    """Make the folder `path` atomically: yields a temporary folder beside it, to be filled inside the `with`.
 
-    `path` must not exist: a rename does not replace a folder that holds files. Removed if anything fails.
+    If the block succeeds, every file in the folder is fsynced and the folder is renamed to `path`; otherwise it is
+    removed. It must have no subfolders. `path` must not exist, since a rename cannot replace a folder that holds files.
     """
     part = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -95,13 +97,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value whole or not at all, indented for people; floats that are not finite become null."""
+    """Write a JSON value to a file atomically, indented for people; floats that are not finite become null."""
     with whole_file(path) as part:
         part.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def refuse_unknown_keys(file: Path | str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise StorageError for the first key that `file` holds and this version of dtrain does not know."""
+    """Raise StorageError if `file` holds a key that this version of dtrain does not know; names the first one."""
     if unknown := sorted(set(given) - set(known)):
         raise StorageError(
             f"{file} holds {unknown[0]!r}, which this version of dtrain does not know; use the version that wrote it"
@@ -111,7 +113,7 @@ def refuse_unknown_keys(file: Path | str, given: Iterable[str], known: Iterable[
 def set_aside(path: Path, ending: str) -> Path:
     """Rename a file or folder to the first free of `<name>.<ending>`, `<name>.<ending>-2`, ...; returns the new path.
 
-    For what must make way but may still be wanted: nothing is overwritten.
+    For files that must make way but may still be wanted. Nothing is overwritten.
     """
     aside, number = path.with_name(f"{path.name}.{ending}"), 1
     while os.path.lexists(aside):
@@ -122,7 +124,7 @@ def set_aside(path: Path, ending: str) -> Path:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed writer left in `folder`. Only for the owner of the folder's lock."""
+    """Remove the unfinished files that a killed process left in `folder`. Only the owner of its lock may call this."""
     for leftover in folder.glob(f"{PARTIAL}*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -131,9 +133,10 @@ def remove_partials(folder: Path) -> None:
 
 
 class Lock:
-    """One owner of a path at a time, by the kernel's advisory lock: freed when the process dies, however it dies.
+    """A lock file with at most one owner, by flock: the kernel frees it when the owner dies, however it dies.
 
-    The file's text (host, process id) is for messages only; a restarted container may have the same of both.
+    The text in the file (host, process id) is for messages only: a restarted container may have the same host name and
+    process id as the one before.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,10 +144,10 @@ class Lock:
         self._file: TextIO | None = None
 
     def acquire(self) -> bool:
-        """Take the lock; False if another process, or another Lock of this one, has it. Waits 0.2 s at most."""
+        """Take the lock; returns False if another process, or another Lock object, has it. Waits 0.2 s at most."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("a+", encoding="utf-8")
-        # a refusal may come from no owner but from a passing `is_held`: microseconds, or a few of the kernel's slices
+        # `is_held` in another process takes a shared lock for a moment, which must not be mistaken for an owner
         deadline = time.monotonic() + 0.2
         while not _flock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -159,7 +162,7 @@ class Lock:
         return True
 
     def is_held(self) -> bool:
-        """Whether somebody, in this process or another, has the lock now. Neither takes it nor makes the file."""
+        """Whether somebody, in this process or another, has the lock now. Does not create the file."""
         try:
             with self.path.open(encoding="utf-8") as file:
                 return not _flock(file, fcntl.LOCK_SH)
@@ -167,20 +170,20 @@ class Lock:
             return False
 
     def owner(self) -> str:
-        """Who wrote itself into the lock file, for the message of a refusal."""
+        """The host and process id in the lock file, for an error message; "unknown" if it cannot be read."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return self.path.read_text(encoding="utf-8").strip() or "unknown"
         return "unknown"
 
     def release(self) -> None:
-        """Give the lock back; the file stays, so that two waiters never lock two different files of one name."""
+        """Free the lock. The file stays: if it were removed, two processes could lock two files of the same name."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def _flock(file: TextIO, kind: int) -> bool:
-    """Try to take the kernel's lock on an open file, until it is closed."""
+    """Try to lock an open file without waiting; whether it worked. The lock lasts until the file is closed."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Flags of the command line, made from the settings: one option for each, under its panel's heading."""
+"""Makes the command line's flags from the settings: one option for each, under the heading of its panel in --help."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ METAVARS = {
 
 
 def with_flags(function: Callable[..., None], names: Sequence[str] = tuple(SETTINGS)) -> Callable[..., None]:
-    """`function(settings, **own)` as a command with a flag for each setting of `names`, beside its own parameters.
+    """Turn `function(settings, **own)` into a Typer command that has a flag for each setting in `names`.
 
-    settings: what was given, by name, as text; the settings convert and check it, whatever layer it comes from.
+    The command has the function's other parameters as options too. `function` receives as `settings` the flags that
+    were given, by name and mostly as text; they are converted and checked later, like values from a file.
     """
     hints = get_type_hints(function, include_extras=True)
     own = [
@@ -49,7 +50,7 @@ def with_flags(function: Callable[..., None], names: Sequence[str] = tuple(SETTI
 
 
 def own_flag(flag: str, panel: str, text: str, metavar: str = " ", **more: Any) -> Any:
-    """A flag of a command that is no setting, drawn like the others."""
+    """A command's flag that is not a setting, shown in --help like those that are."""
     return typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
 
 
@@ -65,7 +66,7 @@ def _parameter(known: Setting) -> inspect.Parameter:
         text += f" [default: {shown}]"
     option = typer.Option(
         *flags,
-        help=text.replace("[", "\\["),  # which rich would take for its markup
+        help=text.replace("[", "\\["),  # escaped, because rich would read "[...]" as markup
         rich_help_panel=known.panel.title,
         metavar=METAVARS.get(known.kind, "X,X,X" if get_origin(known.kind) is tuple else "TEXT"),
         show_default=False,

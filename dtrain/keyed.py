@@ -1,8 +1,8 @@
-"""The one source of randomness outside the network: a hash from counters to numbers.
+"""Counter-based random numbers: a hash of (seed, stream, counters), the source of all randomness in the data.
 
-Nothing here has state. Whatever is "random" about the data - the order of samples, each augmentation, the split - is
-`key(seed, stream, *counters)`, so it can be computed again for any step, alone, on any machine. Values may never
-change: golden values stand in tests/test_keyed.py. numpy only.
+Nothing here has state. Everything random about the data (the order of the samples, each augmentation, the held-out
+split) is computed from `key(seed, stream, *counters)`, so it can be computed again for any single step on any machine.
+The values must never change; tests/test_keyed.py compares them with golden values. Needs numpy alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class Stream(IntEnum):
-    """What a key is for. A number, once given, is never given again: other numbers are other runs."""
+    """What a key is used for. The numbers must never change or be reused, since every run depends on them."""
 
     ORDER = 1
     SPLIT = 2
@@ -50,12 +50,12 @@ def _mix(z: Keys) -> Keys:
 
 
 def key(seed: int, stream: Stream, *counters: Any) -> Keys:
-    """64 well-mixed bits for (seed, stream, counters); counters are ints or integer arrays and broadcast.
+    """A uint64 hash of (seed, stream, counters). Counters are ints or integer arrays, which are broadcast.
 
-    Returns uint64 of the broadcast shape. Word by word: state = mix(state + GOLDEN + word), from state 0. Negative
-    numbers count modulo 2^64. O(result), no state.
+    Returns an array of the broadcast shape. The hash starts from state 0 and takes in one number after the other:
+    state = mix(state + GOLDEN + number). Negative numbers are taken modulo 2^64.
     """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+    with np.errstate(over="ignore"):  # the overflow is wanted: this is arithmetic modulo 2^64
         state: Keys = np.zeros((), dtype=np.uint64)
         for word in (seed, int(stream), *counters):
             state = _mix(state + GOLDEN + _words(word))
@@ -69,33 +69,33 @@ def _words(value: Any) -> Keys:
 
 
 def integers(keys: Keys, n: int) -> npt.NDArray[np.int64]:
-    """Uniform integers in [0, n) from keys, 1 <= n <= 2^31: the high 32 bits times n, shifted. Bias below n / 2^32."""
+    """Uniform integers in [0, n) from keys, for 1 <= n <= 2^31: (high 32 bits * n) >> 32. Bias below n / 2^32."""
     return (((keys >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
 
 
 def uniforms(keys: Keys) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1) from keys: the high 53 bits over 2^53, exact."""
+    """Uniform float64 numbers in [0, 1) from keys: the high 53 bits divided by 2^53, without rounding."""
     return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The permutation of range(n) in which epoch `epoch` reads its samples.
 
-    A stable argsort of one key a position, so no library's shuffle and no version of one can change it. O(n log n).
+    It is a stable argsort of one key for each position, so it does not depend on a library's shuffle. O(n log n).
     """
     return np.argsort(key(seed, Stream.ORDER, epoch, np.arange(n, dtype=np.uint64)), kind="stable").astype(np.int64)
 
 
 def torch_seed(seed: int, stream: Stream, *counters: int) -> int:
-    """A key as a non-negative int below 2^63, which every generator (torch, numpy, random) takes as its seed."""
+    """A key as an int in [0, 2^63), to seed a random generator of torch or Python with."""
     return int(key(seed, stream, *counters)) >> 1
 
 
 def stratified(labels: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which samples are held out: from each class the `fraction` with the smallest keys, rounded.
+    """A stratified split: which samples are held out, from each class the rounded `fraction` with the smallest keys.
 
-    At least one of a class is held out and at least one stays; a class of one sample stays. labels: int64 [n]; returns
-    bool [n], True for held out. The same for every process and every run with this seed.
+    Of each class at least one sample is held out and at least one is kept for training; the sample of a class that has
+    only one is kept. labels: int64 [n]; returns bool [n], True for held out. Depends on the seed and the labels alone.
     """
     keys = key(seed, Stream.SPLIT, np.arange(len(labels), dtype=np.uint64))
     held = np.zeros(len(labels), dtype=bool)

@@ -1,11 +1,11 @@
-"""Every derived number of a run, computed once and explained: pure, without torch, data or processes.
+"""The plan of a run: every number that follows from its settings. Pure functions, without torch, data or processes.
 
 make_plan(...) -> Plan    from a handful of settings, the size of the training set and the number of processes
-Plan.at(step)  -> Now     what may change during a run, for one step: batch, shares, image size, learning rate
+Plan.at(step)  -> Now     what may change from step to step: batch size, image size, shares and learning rate
 Share                     the part of a step's batch that one process computes, and its micro-batches
 
-Steps are counted in two ways, as everywhere in dtrain. `step` of `at` and `batch` is the 0-based number of an update;
-"after `step` updates" (`logs_at`, `epochs_done` and the like) counts the updates done, so 0 is before the first.
+Steps are counted in two ways. In `Plan.at` and `Plan.batch`, `step` is the 0-based number of an update. Where a
+docstring says "after `step` updates" (`logs_at`, `epochs_done` and others), it is the number of updates that are done.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ EACH_EPOCH = Every(epochs=1)
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a global batch that one process computes: `size` images from position `first` of the batch on.
+    """The part of a global batch that one process computes: `size` images, beginning at position `first` of the batch.
 
-    micro_batches: the sizes of the parts, one after the other, whose gradients are computed separately and summed.
-    mean_over: the gradient of each image's loss is divided by this many images, before it is averaged over processes;
-    (batch size) / (number of processes) makes the average the gradient of the mean loss over the global batch.
+    micro_batches: the sizes of the consecutive parts whose gradients are computed one by one and summed.
+    mean_over: what the process divides the sum of its images' losses by, before gradients are averaged over processes.
+    With (batch size) / (number of processes), that average is the gradient of the mean loss over the global batch, even
+    where shares differ in size.
     """
 
     first: int
@@ -48,7 +49,7 @@ class Share:
 
     @property
     def positions(self) -> slice:
-        """Where the share lies in the global batch."""
+        """The positions of the share's images in the global batch."""
         return slice(self.first, self.first + self.size)
 
 
@@ -56,7 +57,8 @@ class Share:
 class Stage:
     """A part of a run with one batch size and one image size. It lasts whole epochs, unless the run ends in it.
 
-    first_epoch, first_step, first_sample: epochs, updates and images before the stage. shares: one for each process.
+    first_epoch, first_step, first_sample: the numbers of epochs, updates and images that come before the stage.
+    shares: one for each process, by rank.
     """
 
     first_epoch: int
@@ -70,11 +72,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Now:
-    """What may change during a run, for one step.
+    """The plan's values for one step, as far as they may change during a run.
 
-    epoch: counted from 0. batch_size: images of all processes together. image_size: side in pixels of the images that
-    the network sees. first: position in the epoch's order at which the batch begins. samples: images that the run has
-    seen before this step. shares: the part of each process. lr_factor: what every group's own rate is multiplied by.
+    epoch: counted from 0. batch_size: images of all processes together. image_size: side in pixels of the square images
+    that the network receives. first: position in the epoch's sample order at which the batch begins. samples: images
+    that the run has seen before this step. shares: one for each process, by rank. lr_factor: the factor by which the
+    peak learning rate of every parameter group is multiplied.
     """
 
     step: int
@@ -91,8 +94,8 @@ class Now:
 class Plan:
     """The derived numbers of one run. Sizes are in images; a batch size counts all processes together.
 
-    stages: those that the run reaches, in order. unreached: (epoch, batch size, image size) of those that it does not.
-    unit: how many images belong together in a share: 2 where images are mixed in pairs, else 1.
+    stages: those that the run reaches, in order. unreached: (first epoch, batch size, image size) of each other stage.
+    unit: how many consecutive images a share must keep together: 2 where images are mixed in pairs, else 1.
     """
 
     seed: int
@@ -105,7 +108,7 @@ class Plan:
     total_steps: int
     warmup_samples: int
     schedule: str
-    course: schedules.Schedule = field(compare=False)  # `schedule` with its options: a function
+    course: schedules.Schedule = field(compare=False)  # the function of the schedule named `schedule`, options bound
     log_interval: int
     eval_every: Every
     save_every: Every
@@ -113,7 +116,7 @@ class Plan:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def at(self, step: int) -> Now:
-        """What holds for the 0-based step `step`. A function of the step alone; some microseconds."""
+        """The values for the 0-based step `step`. Depends on the step alone; takes some microseconds."""
         stage = _stage_at(self.stages, step)
         epochs, turn = divmod(step - stage.first_step, stage.steps_per_epoch)
         samples = _samples_before(self.stages, step)
@@ -131,9 +134,9 @@ class Plan:
         )
 
     def batch(self, step: int) -> npt.NDArray[np.int64]:
-        """Positions in the training set of the global batch of step `step`, int64 [batch size].
+        """The indices, in the training set, of the global batch of step `step`: int64 [batch size].
 
-        Sorts the training set for the first step of an epoch, O(n log n); later steps of that epoch are a slice.
+        The first call for an epoch computes the epoch's sample order, O(n log n); later calls for it take a slice.
         """
         now = self.at(step)
         return _order(self.train_size, self.seed, now.epoch)[now.first : now.first + now.batch_size]
@@ -146,7 +149,7 @@ class Plan:
         return _samples_before(self.stages, self.total_steps)
 
     def epochs_done(self, step: int) -> float:
-        """Passes over the training set after `step` updates, such as 2.5; an epoch's left-out tail counts as seen."""
+        """Epochs done after `step` updates, such as 2.5. The images left out at an epoch's end count as seen."""
         return _epochs_done(self.stages, step)
 
     @property
@@ -161,7 +164,7 @@ class Plan:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Every (images of a micro-batch, side in pixels) of the run on any process, each once, in ascending order."""
+        """Every (images, side in pixels) of a micro-batch in the run, on any process; each once, in ascending order."""
         every = {
             (size, stage.image_size) for stage in self.stages for share in stage.shares for size in share.micro_batches
         }
@@ -169,18 +172,18 @@ class Plan:
 
     @property
     def largest_share(self) -> int:
-        """The most images that a process computes in a step."""
+        """The most images that one process computes in one step."""
         return max(share.size for stage in self.stages for share in stage.shares)
 
     @property
     def largest_micro_batch(self) -> int:
-        """The most images that a process computes at a time."""
+        """The most images in one forward pass of training, over all processes and stages."""
         return max(size for size, _ in self.shapes)
 
     # -- what is due ---------------------------------------------------------------------------------------------------
 
     def logs_at(self, step: int) -> bool:
-        """Whether a row is due after `step` updates: every `log_interval`, and at the end."""
+        """Whether a row of metrics is due after `step` updates: every `log_interval` updates, and at the end."""
         return step % self.log_interval == 0 or step == self.total_steps
 
     def evaluates_at(self, step: int) -> bool:
@@ -188,7 +191,7 @@ class Plan:
         return self._due(self.eval_every, step)
 
     def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` updates, as far as steps decide; always at the end."""
+        """Whether a checkpoint is due after `step` updates, apart from those due by time; always at the end."""
         return self._due(self.save_every, step)
 
     def _due(self, every: Every, step: int) -> bool:
@@ -204,7 +207,7 @@ class Plan:
     # -- for people ----------------------------------------------------------------------------------------------------
 
     def lighter(self) -> str:
-        """What to try where a step needs too much memory: about half as many images at a time."""
+        """Advice for a run that needs too much memory: flags that about halve the images of a forward pass."""
         batches = [stage.batch_size // 2 // self.unit * self.unit for stage in self.stages]
         tries, smallest = [], min(min(share.size for share in stage.shares) for stage in self.stages)
         if all(_smallest_share(batch, self.world_size, self.unit) >= self.grad_accum_steps for batch in batches):
@@ -215,7 +218,7 @@ class Plan:
         return f"try {', or '.join(tries)}" if tries else "one image at a time is too much: use a smaller network"
 
     def lines(self, rate: str) -> list[str]:
-        """The plan for people, each number with its reason. rate: what is said of the peak learning rate."""
+        """The plan as lines of text, with the reason for each number. rate: the peak learning rate, as text."""
         lines = []
         for stage in self.stages:
             if len(self.stages) > 1:
@@ -255,7 +258,7 @@ def _change(stage: Stage, value: int) -> str:
     return f"{value}@{stage.first_epoch}"
 
 
-# two epochs: the one that is trained, and near its end also the one whose first batches are made ahead
+# two epochs, because near the end of one the loader already prepares the first batches of the next
 @functools.lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return keyed.order(n, seed, epoch)
@@ -265,16 +268,20 @@ def _order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 
 def cuts(images: int, parts: int, unit: int = 1) -> tuple[int, ...]:
-    """Where `images` are cut into `parts` that differ by at most `unit`: parts + 1 positions, from 0 to `images`.
+    """The bounds of `parts` consecutive parts of `images`, which differ by at most `unit` if it divides `images`.
 
-    Cut r lies at (r * (images // unit) // parts) * unit, so each part but the last is a multiple of `unit`.
+    Returns parts + 1 positions, from 0 to `images`. Position r is (r * (images // unit) // parts) * unit, so the size
+    of every part but the last is a multiple of `unit`.
     """
     units = images // unit
     return (*(r * units // parts * unit for r in range(parts)), images)
 
 
 def shares_of(batch_size: int, *, world_size: int, grad_accum_steps: int, unit: int) -> tuple[Share, ...]:
-    """The share of each process. Pairs (`unit` 2) stay within a share; micro-batches may divide them."""
+    """The share of each process, by rank. With `unit` 2, no pair is split over two shares; micro-batches may split one.
+
+    The shares of a batch differ by at most `unit` images.
+    """
     bounds = cuts(batch_size, world_size, unit)
     sizes = _lengths(bounds)
     micro_batches = {size: _lengths(cuts(size, grad_accum_steps)) for size in set(sizes)}
@@ -291,10 +298,10 @@ def _smallest_share(batch_size: int, world_size: int, unit: int) -> int:
 
 
 def check_batch(asked: Optimization, *, mixing: Sequence[str], world_size: int) -> None:
-    """Raise UsageError for a batch that cannot be shared by `world_size` processes, saying what can.
+    """Raise UsageError if a batch size of the run cannot be shared by `world_size` processes, and say which can.
 
-    mixing: the flags that mix images in pairs, such as ("--mixup",); then a batch has to be even, and every process
-    needs a pair. Needs no data set, so it is told before one is converted.
+    mixing: the flags given that mix images in pairs, such as ("--mixup",). With any of them, a batch must be even and
+    every process needs at least one pair. Needs no data set, so it runs before one is converted.
     """
     unit, by = 2 if mixing else 1, " and ".join(mixing)
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
@@ -339,10 +346,11 @@ def make_plan(
 ) -> Plan:
     """The plan of a run on a training set of `train_size` images with `world_size` processes.
 
-    warmup_yields: a warm-up that leaves no step for the schedule is shortened to half of the run, as one from a recipe
-    that was written for a longer run; else it is an error. mixing: as `check_batch` has it.
-    Raises UsageError where a batch cannot be shared (`check_batch`) or is larger than the training set, a warm-up
-    leaves no step, or an option of the schedule is not one.
+    mixing: the flags given that mix images in pairs, as for `check_batch`. warmup_yields: if true, a warm-up that
+    leaves no step for the schedule is shortened to half of the run, as for a recipe written for a longer run; if false,
+    it is an error.
+    Raises UsageError if a batch cannot be shared (`check_batch`) or is larger than the training set, if the warm-up
+    leaves no step, or for a wrong option of the schedule; PluginError if the schedule cannot be used.
     """
     check_batch(asked, mixing=mixing, world_size=world_size)
     batch_size, epochs, steps = asked.batch_size, asked.epochs, asked.steps
@@ -352,13 +360,13 @@ def make_plan(
     for epoch in begins:
         first_step, batch = _steps_until(stages, epoch), batch_size.at(epoch)
         if first_step >= steps if steps is not None else epoch >= epochs:
-            break  # so a batch that the run does not reach need not fit the training set
+            break  # the run ends before this stage, so its batch need not fit the training set
         _check_fits(batch, train_size, world_size, unit)
         shares = shares_of(batch, world_size=world_size, grad_accum_steps=asked.grad_accum_steps, unit=unit)
         first_sample, per_epoch = _samples_before(stages, first_step), train_size // batch
         stages.append(Stage(epoch, first_step, first_sample, batch, image_size.at(epoch), per_epoch, shares))
     total = steps if steps is not None else max(1, _steps_until(stages, epochs))
-    stages = [stage for stage in stages if stage.first_step < total]  # a fraction of an epoch may round to no step
+    stages = [stage for stage in stages if stage.first_step < total]  # the last may have no step, by rounding
     warmup = _steps_until(stages, asked.warmup_epochs)
     if warmup >= total and warmup_yields:
         warmup = total // 2
@@ -391,7 +399,7 @@ def make_plan(
 
 
 def _stage_at(stages: Sequence[Stage], step: int) -> Stage:
-    """The stage of the 0-based step `step`; past the end of the run, the last one."""
+    """The stage of the 0-based step `step`; the last stage for a step past the end of the run."""
     return stages[bisect.bisect_right(stages, step, key=lambda stage: stage.first_step) - 1]
 
 
@@ -409,7 +417,7 @@ def _epochs_done(stages: Sequence[Stage], step: int) -> float:
 
 
 def _steps_until(stages: Sequence[Stage], epochs: float) -> int:
-    """Updates after which `epochs` passes are done; a fraction of an epoch is rounded to whole steps."""
+    """The number of updates that `epochs` epochs take; a fraction of an epoch is rounded to whole steps."""
     if not stages:
         return 0
     stage = stages[bisect.bisect_right(stages, epochs, key=lambda stage: stage.first_epoch) - 1]

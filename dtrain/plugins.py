@@ -1,8 +1,9 @@
-"""The one door for everything that has a name: entry points become Plugin records, and a name becomes a function.
+"""Finds and loads plugins: everything that has a name on the command line, dtrain's own included.
 
-Listing reads the metadata of installed packages and imports nothing. A plugin is imported only when somebody names it,
-in every process, and an error message then names the distribution that it comes from. Options of a plugin are the
-keyword parameters of its function. The contract for authors is plugins/README.md. This module does not need torch.
+Plugins are found through Python's entry points. Listing them reads the metadata of installed packages and imports
+nothing. A plugin is imported only when a user names it, in every process, and an error message then names the
+distribution that it comes from. The options of a plugin are the keyword parameters of its function. plugins/README.md
+is the contract for authors. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from dtrain.settings.values import Unfit, value_of
 Kind = Literal["architecture", "optimizer", "schedule", "dataset", "tracker"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OURS = "dtrain"
-LOCAL = "local"  # stands for the version where a plugin is a file that was named on the command line
-UNKNOWN = "unknown"  # stands for the name or version of a distribution whose metadata cannot be read
-# What the trainer itself gives to a plugin's function, and what therefore is no option of it.
+LOCAL = "local"  # in place of a version, for a plugin that is a file named on the command line
+UNKNOWN = "unknown"  # in place of the name or version of a distribution whose metadata cannot be read
+# Parameters that the trainer passes to a plugin's function itself, so a user cannot set them as options.
 PASSED = ("num_classes", "in_channels", "image_size", "param_groups", "lr", "data_dir")
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """Where a name leads: to a distribution, and to the `module:attribute` in it that is the function.
+    """A plugin: its kind and name, the distribution that offers it, and where its function is.
 
-    member: which member of a family is meant; "*" for the family itself, "" for what is no family.
+    value: the function's `module:attribute`, or `./file.py:function`; for a recipe, the path of its file.
+    member: the name of the member of a family that is meant; "*" for the family itself, "" for any other plugin.
     """
 
     kind: str
@@ -50,12 +52,12 @@ class Plugin:
 
     @property
     def said(self) -> str:
-        """The plugin as an error message names it: kind, name, distribution, version and where its function stands."""
+        """The plugin in words for an error message: kind, name, distribution, version and where its function is."""
         return f"{spoken(self.kind)} {self.name} of {self.distribution} {self.version} ({self.value})"
 
 
 def spoken(kind: str) -> str:
-    """The kind in plain English."""
+    """A kind in words for a message: "data set" for "dataset", any other unchanged."""
     return "data set" if kind == "dataset" else kind
 
 
@@ -71,15 +73,15 @@ def listed(kind: Kind) -> list[Plugin]:
 def find(kind: Kind, name: str) -> Plugin:
     """The plugin that `name` means: a bare name, `distribution::name`, `family/name` or `./file.py:function`.
 
-    A name that comes with dtrain keeps its meaning whatever else is installed. Raises PluginError, all without an
-    import, for a name that nobody offers (with the nearest one), for a name that two other distributions offer (with
-    both full names), and for a plugin that needs a package which is not installed.
+    A name that comes with dtrain keeps its meaning whatever else is installed. Nothing is imported. Raises PluginError
+    for a name that no package offers (and suggests one), for a name that several other distributions offer (and gives
+    their full names), and for a plugin that needs a package which is not installed.
     """
     if is_file(name):
         return Plugin(kind, name, Path(name.rpartition(":")[0]).name, LOCAL, name)
     plugin = _chosen(kind, name, listed(kind))
     for extra, package in _needed(plugin):
-        try:  # not find_spec: a folder of that name in the working directory would satisfy it
+        try:  # not find_spec, which a folder of that name in the working directory would satisfy
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise PluginError(
@@ -95,25 +97,25 @@ def is_file(name: str) -> bool:
 
 
 def offered(kind: Kind, name: str) -> bool:
-    """Whether some installed package offers a plugin under `name`; a file named with its function counts too."""
+    """Whether an installed package offers a plugin called `name`; true for every `./file.py:function`."""
     return is_file(name) or bool(_matching(name, listed(kind)))
 
 
 def identity(plugin: Plugin) -> str:
-    """What a run was made with: distribution and version, or the name of a file and a digest of its content."""
+    """The version of a plugin, as recorded with a run: distribution and version, or a file's name and digest."""
     if plugin.version != LOCAL:
         return f"{plugin.distribution} {plugin.version}"
     with contextlib.suppress(OSError):
         content = Path(plugin.value.rpartition(":")[0]).read_bytes()
         return f"{plugin.distribution} {hashlib.sha256(content).hexdigest()[:12]}"
-    return plugin.distribution  # the file is gone, so it could not be loaded either
+    return plugin.distribution  # the file cannot be read; loading it will fail and say so
 
 
 def load(plugin: Plugin) -> Callable[..., Any]:
-    """Import a plugin and return its function. Raises PluginError, naming distribution and cause, if that fails.
+    """Import a plugin and return its function. Raises PluginError, with the distribution and the cause, if that fails.
 
-    What the import prints goes to stderr, since stdout may be read by a program, and a change of the working directory
-    is undone, since paths on the command line are relative to it.
+    What the import prints goes to stderr, because stdout may be read by a program. If the import changes the working
+    directory, the change is undone, because paths on the command line are relative to it.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr), contextlib.chdir("."):
@@ -135,9 +137,13 @@ def load(plugin: Plugin) -> Callable[..., Any]:
 
 
 def _matching(asked: str, plugins: Sequence[Plugin]) -> list[Plugin]:
-    """The plugins that `asked` may mean: those of exactly this name, else of this distribution, else of this family."""
+    """The plugins that `asked` may mean.
+
+    They are those with exactly this name; else those of the named distribution with the rest as their name; else
+    members of a family.
+    """
     if exact := [p for p in plugins if p.name == asked and not p.member]:
-        return exact  # also where the author put "/" or "::" into the name
+        return exact  # even if its author has put "/" or "::" into the name
     scope, scoped, bare = asked.partition("::") if "::" in asked else ("", "", asked)
     within = [p for p in plugins if not scoped or _same(p.distribution, scope)]
     family, _, member = bare.partition("/")
@@ -146,7 +152,7 @@ def _matching(asked: str, plugins: Sequence[Plugin]) -> list[Plugin]:
 
 
 def _chosen(kind: str, asked: str, plugins: Sequence[Plugin]) -> Plugin:
-    """The one of `plugins` that `asked` means. Raises PluginError where it means none or several."""
+    """The one of `plugins` that `asked` means. Raises PluginError if it means none or several."""
     found = _matching(asked, plugins)
     ours = [p for p in found if p.distribution == OURS]
     if len(found) > 1 and not ours:
@@ -159,15 +165,15 @@ def _chosen(kind: str, asked: str, plugins: Sequence[Plugin]) -> Plugin:
 
 
 def _same(distribution: str, other: str) -> bool:
-    """Whether two spellings name one distribution, by the rule of the package index."""
+    """Whether two names mean the same distribution: case, "-", "_" and "." do not matter, as on PyPI."""
     return re.sub(r"[-_.]+", "-", distribution).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
 
 def _entries(group: str) -> list[importlib.metadata.EntryPoint]:
-    """The entry points of a group. A distribution whose metadata cannot be read offers nothing and harms nobody."""
+    """The entry points of a group. A distribution whose metadata cannot be read is skipped."""
     try:
         return list(importlib.metadata.entry_points(group=group))
-    except Exception:  # one damaged file fails the call for all distributions, so ask them one by one
+    except Exception:  # one damaged metadata file makes the call fail for all, so ask each distribution on its own
         found: list[importlib.metadata.EntryPoint] = []
         for distribution in importlib.metadata.distributions():
             with contextlib.suppress(Exception):
@@ -177,22 +183,22 @@ def _entries(group: str) -> list[importlib.metadata.EntryPoint]:
 
 def _plugin(kind: str, entry: importlib.metadata.EntryPoint, name: str) -> Plugin:
     distribution, version = UNKNOWN, UNKNOWN
-    with contextlib.suppress(Exception):  # metadata without a name or a version, or not UTF-8
+    with contextlib.suppress(Exception):  # the metadata may lack a name or a version, or not be UTF-8
         if entry.dist is not None:
             distribution, version = entry.dist.name or UNKNOWN, entry.dist.version or UNKNOWN
     return Plugin(kind, name, distribution, version, entry.value)
 
 
 def _needed(plugin: Plugin) -> Iterable[tuple[str, str]]:
-    """The packages that a plugin needs beside its distribution, each with the extra that installs it.
+    """The optional packages that a plugin needs, as (extra, package): the extra of its distribution installs them.
 
-    An entry point says so itself: `wandb = package.module:Class [extra]`.
+    The entry point of the plugin names its extras: `wandb = package.module:Class [extra]`.
     """
     extras = re.findall(r"[\w.-]+", plugin.value.partition("[")[2])
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for line in (importlib.metadata.requires(plugin.distribution) or ()) if extras else ():
             package, _, marker = line.partition(";")
-            # a condition beside the extra, such as on Python's version, is left to pip
+            # a requirement with a further condition, such as on Python's version, is left to pip and not checked here
             extra = re.sub(r"[\s'\"()]", "", marker).removeprefix("extra==")
             if extra in extras and (name := re.match(r"[\w.-]+", package)):
                 yield extra, name.group()
@@ -211,14 +217,14 @@ def _import(value: str) -> Any:
 def _import_file(value: str) -> Any:
     text, _, attribute = value.rpartition(":")
     path = Path(text).resolve()
-    # the module's name is unique, so that ./torch.py or two files called net.py do not take each other's place
+    # the module gets a unique name, so that ./torch.py does not hide torch and two files called net.py do not collide
     name = f"{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look a class's module up there
-    sys.path.insert(0, str(path.parent))  # the file may import its neighbours, as a script may
+    sys.modules[name] = module  # dataclasses and pickle look up the module of a class there
+    sys.path.insert(0, str(path.parent))  # so that the file can import others in its folder, as a script can
     try:
         spec.loader.exec_module(module)
     finally:
@@ -243,9 +249,9 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a parameter `name` of its own.
+    """Whether a function declares a parameter called `name`.
 
-    What **options would swallow does not count: the function that it is passed on to may know nothing of it.
+    A parameter like **options does not count: the function to which the options are passed on may not know the name.
     """
     return name in inspect.signature(function).parameters
 
@@ -257,10 +263,10 @@ def default_of(function: Callable[..., Any], name: str) -> Any:
 
 
 def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, what: str) -> dict[str, Any]:
-    """The values of options given as text, converted by the annotations of the function, or by its defaults.
+    """Convert options given as text to values, by the annotations of the function or the types of its defaults.
 
-    what: names the plugin in an error. Raises UsageError for an option that the function does not take, with the
-    nearest that it does, and for text that is not of the option's type.
+    what: the plugin in words, for errors. Raises UsageError for an option that the function does not have, with a
+    suggestion, and for a text that cannot be converted to the option's type.
     """
     known = options_of(function)
     hints, parameters = _hints(function), inspect.signature(function).parameters
@@ -279,9 +285,9 @@ def parse_options(function: Callable[..., Any], pairs: Mapping[str, str], *, wha
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a function's parameters, by name; of a class, those of its constructor.
+    """The annotated types of a function's parameters, by name; for a class, those of its constructor.
 
-    An annotation that only a type checker can evaluate is left out.
+    Annotations that cannot be evaluated at run time are left out.
     """
     while isinstance(function, functools.partial):
         function = function.func
@@ -289,7 +295,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     code = code if inspect.isroutine(code) else type(code).__call__
     try:
         return get_type_hints(code)
-    except Exception:  # a name imported under TYPE_CHECKING fails the call for all, so take them one by one
+    except Exception:  # a name imported under TYPE_CHECKING makes the call fail for all parameters, so try each
         scope = getattr(code, "__globals__", {})
         return {name: hint for name, text in inspect.get_annotations(code).items() if (hint := _evaluated(text, scope))}
 
@@ -298,7 +304,7 @@ def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, scope)  # as typing.get_type_hints does; the text is the plugin's own code
+        return eval(annotation, scope)  # as typing.get_type_hints does; the text comes from the plugin's own code
     except Exception:
         return None
 
@@ -307,7 +313,7 @@ def _evaluated(annotation: Any, scope: dict[str, Any]) -> Any:
 
 
 def recipes() -> list[Plugin]:
-    """Every recipe of every package, sorted by name; `value` is the path of its file. Imports and reads nothing."""
+    """Every recipe of every package, sorted by name; `value` is the path of its file. Imports no package."""
     found = set()
     for entry in _entries("dtrain.recipes"):
         folder = _folder_of(entry.value)
@@ -322,7 +328,7 @@ def find_recipe(name: str) -> Plugin:
 
 
 def recipe_for(arch: str, dataset: str) -> str | None:
-    """The recipe of an architecture's own package for it: `<arch>-<dataset>`, else `<arch>`, else None."""
+    """The default recipe of an architecture, from its own package: `<arch>-<dataset>`, else `<arch>`, else None."""
     try:
         owner = find("architecture", arch)
     except PluginError:
@@ -333,7 +339,7 @@ def recipe_for(arch: str, dataset: str) -> str | None:
 
 
 def read_recipe(recipe: Plugin) -> dict[str, Any]:
-    """The settings in a recipe's file, without its text `about`. Raises PluginError if it cannot be read as TOML."""
+    """The settings in a recipe's file, without `about`, its description. Raises PluginError if it is not valid TOML."""
     try:
         settings = tomllib.loads(Path(recipe.value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -343,7 +349,7 @@ def read_recipe(recipe: Plugin) -> dict[str, Any]:
 
 
 def _folder_of(package: str) -> Path | None:
-    # asking for the spec of `package.recipes` would run package/__init__.py, asking for that of `package` does not
+    # find_spec("package.recipes") would run package/__init__.py; find_spec("package") does not
     top, *rest = package.split(".")
     try:
         spec = importlib.util.find_spec(top)

@@ -1,7 +1,7 @@
-"""How the processes of a run meet and part: the store that they share, the network interface, time-outs and groups.
+"""Connects the processes of a run and disconnects them: shared store, network interface, time-outs, process groups.
 
-torch.distributed has one default group a process, so one process takes part in one run at a time. A script may train
-several times in a row under one launcher; each of its runs then has keys of its own in the store.
+torch.distributed has one default process group, so a process takes part in one run at a time. A script may train
+several times in a row under one launcher; each of its runs then has its own prefix for keys in the store.
 """
 
 from __future__ import annotations
@@ -25,24 +25,28 @@ from dtrain.witness import BEAT_SECONDS, Witness
 T = TypeVar("T")
 WATCHDOG_GRACE = timedelta(seconds=60)
 
-_run_numbers = itertools.count(1)  # of the runs that this process has begun; all processes of a launcher begin the same
-_last: Meeting | None = None  # of the run before
+_run_numbers = itertools.count(1)  # numbers this process's runs; every process of a launcher starts the same runs
+_last: Meeting | None = None  # that of the most recent run in this process
 
 
 class Meeting:
-    """The processes of one run, once they have met. `witness` knows who is where and what went wrong."""
+    """The connection of this process to the others of its run. `witness` exchanges states and errors over the store."""
 
     def __init__(self, store: Any, witness: Witness) -> None:
         self.witness = witness
         self._store = store
-        self.joined = False  # whether it has groups
+        self.joined = False  # whether the process groups exist
 
     def join(self, backend: str) -> Any:
-        """Make the default group over `backend`, for gradients; returns a gloo group for agreement. Collective."""
+        """Create the default process group with `backend`, for gradients; returns a gloo group for control messages.
+
+        Collective.
+        """
         import torch.distributed as dist
 
         timeout = timedelta(seconds=self.witness.timeout_seconds)
-        # NCCL's watchdog ends a process that waits too long; gloo must fail before it, since its error can be explained
+        # NCCL's watchdog kills a process that waits too long. Its time-out is longer than gloo's, so that gloo fails
+        # first, with an exception that dtrain can explain.
         patience = timeout + WATCHDOG_GRACE if backend == "nccl" else timeout
         rank, size = self.witness.rank, self.witness.size
         dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=patience)
@@ -50,7 +54,7 @@ class Meeting:
         return dist.new_group(backend="gloo", timeout=timeout)
 
     def part(self) -> None:
-        """End the heartbeat and the groups, on which all must have agreed."""
+        """Stop the heartbeat and destroy the process groups. All processes must have finished using them."""
         import torch.distributed as dist
 
         self.witness.beat.stop()
@@ -60,11 +64,11 @@ class Meeting:
 
 
 def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Meeting:
-    """Find the store that all `size` processes share, at MASTER_ADDR and MASTER_PORT. Collective.
+    """Connect to the store that all `size` processes share, at MASTER_ADDR and MASTER_PORT. Collective.
 
-    neighbours: the ranks on this host, this one among them.
-    Raises ProcessError if the store is not found within the time-out, or if an earlier run of this process failed when
-    it had groups: others may still wait in them, so that they cannot be closed.
+    neighbours: the ranks on this host, this one included.
+    Raises ProcessError if the store is not reached within the time-out, or if an earlier run of this process failed
+    after it had created process groups: other processes may still wait in these, so they cannot be destroyed.
     """
     global _last
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
@@ -81,7 +85,7 @@ def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Mee
 
     def stores() -> tuple[Any, Any]:
         default = _default_store(rank, size, timeout, host, port)
-        # the heartbeat has a connection of its own: the default group's may be busy inside a collective
+        # the heartbeat needs its own connection, since the default group's may be blocked by a collective
         return default, TCPStore(host, int(port), is_master=False, timeout=timeout)
 
     try:
@@ -96,7 +100,7 @@ def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Mee
             f"process {rank} of {size} could not meet the others at {host}:{port} within "
             f"{timeout_seconds:g} s: {_first_line(error)}"
         ) from None
-    # the store of torchrun's agent outlives a run, and a restart of all workers
+    # the prefix is unique to this run, because the store of torchrun's agent outlives runs and restarts of workers
     own = f"dtrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_run_numbers)}"
     witness = Witness(PrefixStore(own, client), rank, size, neighbours, timeout_seconds)
     _last = Meeting(PrefixStore(own, default), witness)
@@ -105,9 +109,9 @@ def meet(rank: int, size: int, neighbours: range, timeout_seconds: float) -> Mee
 
 @functools.cache
 def _default_store(rank: int, size: int, timeout: timedelta, host: str, port: str) -> Any:
-    """torch's store for this environment, kept to the end of the process.
+    """The store of torch's `env://` rendezvous, kept until the process ends.
 
-    Where process 0 keeps the store itself, a second run could otherwise find the first one's while it is going away.
+    If process 0 serves the store, a second run could otherwise connect to the first run's server while it shuts down.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -116,9 +120,10 @@ def _default_store(rank: int, size: int, timeout: timedelta, host: str, port: st
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """`work`, done in a thread of its own: torch waits for ever for a server that is no store and never answers.
+    """Call `work` in a thread and return its result; raise RuntimeError if it takes longer than `seconds`.
 
-    Raises RuntimeError if it takes longer than `seconds`; the thread is then left to the end of the process.
+    torch would wait forever for a server that is not a store and never answers. After a time-out the daemon thread is
+    left running until the process ends.
     """
     results: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
 
@@ -143,10 +148,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _choose_interface() -> None:
-    """Name the interface of the route to MASTER_ADDR for gloo and NCCL, unless the user has named one.
+    """Have gloo and NCCL use the network interface that leads to MASTER_ADDR, unless the user has chosen one.
 
-    On its own gloo binds to what the host's name resolves to, which on Debian is 127.0.1.1: one process is then refused
-    and the other hangs.
+    By default gloo binds to the address that the host's name resolves to. On Debian that is 127.0.1.1, so that one
+    process is refused and the other hangs.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return

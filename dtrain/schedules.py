@@ -1,7 +1,7 @@
-"""Learning-rate schedules: how the factor of a step follows from a schedule plugin and from the warm-up before it.
+"""Learning-rate schedules: computes the factor of the learning rate for a step, from a schedule plugin and a warm-up.
 
-A schedule is `f(seen, total, **options) -> factor`: a pure function of how many of the run's samples are done, so that
-nothing is stepped, nothing is saved, and a resume cannot be off by one.
+A schedule is a pure function `f(seen, total, **options) -> factor` of the number of samples seen so far. It has no
+state, so nothing has to be stepped or saved, and a resumed run cannot be off by one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ GIVE = "a factor of the learning rate is a finite number that is not negative"
 
 
 def chosen_schedule(name: str, options: Mapping[str, str], *, total: float) -> Schedule:
-    """The schedule plugin `name` with its options, checked once at the beginning of a run of `total` samples.
+    """The schedule plugin `name` with its options bound, after one call for the start of a run of `total` samples.
 
-    options: as text, typed by the function's annotations. Raises PluginError for a schedule that is not there, cannot
-    be imported, fails or gives what is no factor; UsageError for an option that it does not take or has no use for.
+    options: as text, converted by the function's annotations. Raises PluginError for a schedule that is not installed,
+    cannot be imported, fails or returns what is not a factor; UsageError for an option that the schedule does not have
+    or a value that it refuses.
     """
     plugin = find("schedule", name)
     function, what = load(plugin), f"schedule {name}"
@@ -40,19 +41,19 @@ def chosen_schedule(name: str, options: Mapping[str, str], *, total: float) -> S
 
 
 def factor(schedule: Schedule, seen: int, total: int, *, warmup: int, batch: int) -> float:
-    """The factor of the learning rate for a step of `batch` samples that begins with `seen` of `total` samples done.
+    """The factor of the learning rate for a step of `batch` samples that begins after `seen` of `total` samples.
 
-    While `seen` < `warmup` (0 <= warmup < total) it rises in a straight line towards the value with which the schedule
-    starts, and is above 0 from the first step on if that value is; the schedule itself is stretched over the samples
-    that remain after the warm-up. Raises PluginError for a value that is not finite or negative.
+    warmup: samples of the warm-up, 0 <= warmup < total. While `seen` < `warmup`, the factor rises linearly towards
+    the first value of the schedule, and is above 0 in the first step if that value is. The schedule is stretched over
+    the samples after the warm-up. Raises PluginError if the schedule's value is negative or not finite.
     """
     value = schedule(max(0, seen - warmup), total - warmup)
     if not is_factor(value):
         raise PluginError(f"the schedule gives {value!r} after {seen} of {total} samples; {GIVE}")
-    value = float(value)  # of a schedule that computes with numpy
+    value = float(value)  # a schedule may return a numpy scalar
     return (seen + batch) / (warmup + batch) * value if seen < warmup else value
 
 
 def is_factor(value: Any) -> bool:
-    """Whether a value can multiply a learning rate: a number that is finite and not negative."""
+    """Whether a value can be a factor of the learning rate: a finite number that is not negative."""
     return isinstance(value, numbers.Real) and 0 <= float(value) < math.inf

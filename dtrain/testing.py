@@ -1,8 +1,8 @@
-"""Checks for authors of plugins (plugins/README.md), to be called from any test framework or from none.
+"""Checks for authors of plugins (plugins/README.md). They need no test framework and can be called from any.
 
-Each function returns nothing if all is well. Else it raises an error of one line: PluginError or DataError where the
-trainer would refuse the plugin itself, AssertionError where a run with it could not be trusted. Each takes some tenths
-of a second on a CPU, but for `check_dataset`, which reads all pictures twice.
+Each function returns nothing if the plugin is sound. Otherwise it raises an error of one line: PluginError or DataError
+if the trainer would refuse the plugin too, AssertionError if runs with it would give wrong results or could not be
+resumed exactly. Each takes some tenths of a second on a CPU, except `check_dataset`, which reads all pictures twice.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def check_architecture(
 ) -> None:
     """Check an architecture on square images.
 
-    architecture: its name or the function itself; options: its options in their own types, not as text. Checked are:
-    logits of shape [b, num_classes], equal weights from equal seeds, a gradient for every parameter, and that another
-    instance gives the same logits after it has loaded the state dict.
+    architecture: its name or the function itself. options: its options, in their own types and not as text.
+    It checks that logits have the shape [b, num_classes], that equal seeds give equal weights, that every parameter
+    gets a gradient, and that another instance gives the same logits after it has loaded the state dict.
     """
     name, function = _loaded("architecture", architecture)
     images = noise(0, (2, in_channels, image_size, image_size), torch.float32, torch.channels_last)
@@ -60,7 +60,7 @@ def check_architecture(
         module, twin, other = built(0), built(0), built(1)
         _hold(
             digest_of(_tensors(module)) == digest_of(_tensors(twin)),
-            f"architecture {name} has other weights each time; draw them from torch's generator alone",
+            f"architecture {name} gets different weights from the same seed; draw them from torch's generator alone",
         )
         first_output(module, images, name, num_classes)
         losses_N, _ = loss_of(module(images), torch.arange(2) % num_classes, 0.0)
@@ -74,15 +74,20 @@ def check_architecture(
             raise AssertionError(f"architecture {name}: its state dict does not load back: {error}") from None
         with torch.no_grad():
             same = torch.equal(_logits(module.eval()(images)), _logits(other.eval()(images)))
-        _hold(same, f"architecture {name} answers otherwise after its state dict was loaded; register what is missing")
+        _hold(
+            same,
+            f"architecture {name} gives different logits when its state dict is loaded into a new instance; register "
+            "all that it learns as parameters or buffers",
+        )
 
 
 def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **options: Any) -> None:
     """Check an optimizer on a network of a convolution, a batch norm and a classifier.
 
-    optimizer: its name or the function itself; options: its options in their own types, not as text. Checked are: it
-    holds every parameter that it is given, changes each of them, to finite values, changes nothing at a rate of 0 (so
-    that a schedule has an effect), and continues from its saved state to the bit.
+    optimizer: its name or the function itself. options: its options, in their own types and not as text.
+    It checks that the optimizer holds every parameter that it is given, that it changes each of them to finite values,
+    that it changes nothing at a learning rate of 0 (otherwise it ignores the schedule), and that it continues bit for
+    bit from its saved state.
     """
     name, function = _loaded("optimizer", optimizer)
     images, labels = noise(0, (8, 3, 8, 8), torch.float32, torch.channels_last), torch.arange(8) % 4
@@ -109,11 +114,11 @@ def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **
         before = {key: value.detach().clone() for key, value in module.named_parameters()}
         step(module, made, 0.0)
         for key, value in module.named_parameters():
-            _hold(torch.equal(value, before[key]), f"optimizer {name} moves at lr 0, so no schedule rules it")
+            _hold(torch.equal(value, before[key]), f"optimizer {name} changes weights at lr 0: it ignores the schedule")
         for _ in range(2):
             step(module, made, 1.0)
         for key, value in module.named_parameters():
-            _hold(not torch.equal(value, before[key]), f"optimizer {name} does not move {_KINDS[value.ndim >= 2]}")
+            _hold(not torch.equal(value, before[key]), f"optimizer {name} does not change {_KINDS[value.ndim >= 2]}")
             _hold(bool(value.isfinite().all()), f"optimizer {name} makes weights that are not finite")
         twin = copy.deepcopy(module)
         again = built(twin)
@@ -122,14 +127,14 @@ def check_optimizer(optimizer: str | Callable[..., Any], *, lr: float = 0.01, **
             step(one, its, 0.5)
         _hold(
             digest_of(_tensors(module)) == digest_of(_tensors(twin)),
-            f"optimizer {name} goes on otherwise from its saved state; keep all of it in optimizer.state",
+            f"optimizer {name} does not continue bit for bit from its saved state; keep all of it in optimizer.state",
         )
 
 
 def check_schedule(schedule: str | Callable[..., Any], **options: Any) -> None:
     """Check a schedule, by name or as the function itself, over runs of several lengths.
 
-    It gives factors that are finite and not negative, and the same ones in whatever order it is asked.
+    It checks that the factors are finite and not negative, and that they do not depend on the order of the calls.
     """
     name, function = _loaded("schedule", schedule)
     for total in (7, 1_000, 50_000_000):
@@ -139,23 +144,27 @@ def check_schedule(schedule: str | Callable[..., Any], **options: Any) -> None:
         for seen, value in zip(points, forward, strict=True):
             if not is_factor(value):
                 raise PluginError(f"schedule {name} gives {value!r} after {seen} of {total} samples; {GIVE}")
-        _hold(forward == backward[::-1], f"schedule {name} depends on what it was asked before, so no resume is exact")
+        _hold(
+            forward == backward[::-1],
+            f"schedule {name} gives other factors when it is called in another order, so no resume would be exact",
+        )
 
 
 def check_dataset(dataset: str | Callable[..., Any], data_dir: Path | str = "data", **options: Any) -> None:
     """Check a data set, by name or as the function itself.
 
-    What it gives can be converted, and its digest and its pictures are the same each time. Costs two readings of all.
+    It checks that the pictures can be read, and that the digest and the pictures are the same each time. It reads all
+    pictures twice.
     """
     name, function = _loaded("dataset", dataset)
     here = plugins.Plugin("dataset", name, "this process", plugins.UNKNOWN, name)
     plugin = plugins.find("dataset", dataset) if isinstance(dataset, str) else here
     place, again = (place_of(plugin, function, Path(data_dir), options) for _ in range(2))
     digest = source_digest_of(place)
-    _hold(digest == source_digest_of(again), f"data set {name} has another digest each time, so it is always converted")
+    _hold(digest == source_digest_of(again), f"data set {name} has a different digest each time: every run converts it")
     for part, split in open_source(place, Conversion(), digest).splits.items():
         first, second = ([hashlib.sha256(decode().tobytes()).digest() for decode in split.pictures()] for _ in range(2))
-        _hold(first == second, f"data set {name}: {part} has other pictures each time; its digest promises the same")
+        _hold(first == second, f"data set {name}: {part} has different pictures each time, but its digest is the same")
 
 
 _KINDS = {True: "matrices and filters", False: "biases and norms"}
@@ -168,7 +177,7 @@ def _loaded(kind: plugins.Kind, plugin: str | Callable[..., Any]) -> tuple[str, 
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint would hold."""
+    """The tensors of the state dict, which a checkpoint would hold."""
     return {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
@@ -178,11 +187,11 @@ def _logits(output: Any) -> Tensor:
 
 
 def _through_a_file(name: str, packed: Packed) -> Packed:
-    """What comes back of an optimizer's state from a checkpoint: copies of tensors, and JSON."""
+    """An optimizer's state as a checkpoint would give it back: copies of the tensors, and the rest through JSON."""
     try:
         scalars = json.loads(json.dumps(packed.scalars))
     except (TypeError, ValueError) as error:
-        raise AssertionError(f"optimizer {name} keeps state that is no tensor and no number: {error}") from None
+        raise AssertionError(f"optimizer {name} keeps state that is neither a tensor nor a number: {error}") from None
     return Packed({key: value.clone() for key, value in packed.tensors.items()}, scalars)
 
 

@@ -1,7 +1,8 @@
-"""What the processes of a run leave for each other in their store: where each runs, how far it came, what went wrong.
+"""Failure detection: through a shared store, processes tell each other where they run, their progress and their errors.
 
-Because of it one error ends all processes with one line and one exit code, and a process that died or hangs is named.
-The store is torch's and is handed in by rendezvous.py. When the process that keeps it is gone, it raises RuntimeError.
+So one error ends all processes of a run with one line and one exit code, and a process that died or hangs is named.
+The store is one of torch.distributed's, made by rendezvous.py. Its methods raise RuntimeError once the process that
+serves it is gone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NO_STEP = "-"
 
 
 class Witness:
-    """What one process tells and sees. store: a connection of its own; neighbours: the ranks on this host."""
+    """One process's view of the others. store: a connection that nothing else uses; neighbours: this host's ranks."""
 
     def __init__(self, store: Any, rank: int, size: int, neighbours: range, timeout_seconds: float) -> None:
         self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
@@ -33,21 +34,19 @@ class Witness:
         self.beat = _Beat(store, rank)
 
     def all_at(self, point: str, seconds: float) -> None:
-        """Wait until all processes have come to `point`. Collective.
+        """A barrier called `point`: wait until all processes have reached it. Collective.
 
-        Raises the error that another process leaves meanwhile. Raises ProcessError after `seconds`, at once when a
-        process of this host has died, and when the next process has sent no heartbeat for a whole time-out.
+        Raises the error of another process that fails meanwhile. Raises ProcessError after `seconds`, soon after a
+        process of this host has died, or if the process of the next rank sends no heartbeat for `timeout_seconds`.
         """
         self._store.set(f"at {point}/{self.rank}", "")
         if self._store.add(point, 1) == self.size:
             self._store.set(f"all {point}", "")
         pause, moved = POLL_SECONDS, time.monotonic()
         deadline = moved + seconds
-        after, beat = (
-            (self.rank + 1) % self.size,
-            "",
-        )  # each watches only the next one, so no work grows with their number
-        # polled, because a client that waits inside the store would hold back its own heartbeat
+        # each process watches only the next rank, so that its work does not grow with their number
+        after, beat = (self.rank + 1) % self.size, ""
+        # polled, because the heartbeat shares this connection, which a blocking wait would occupy
         while not self._store.check([f"all {point}"]):
             if self._store.check(["error"]):
                 break
@@ -55,7 +54,7 @@ class Witness:
             if now > deadline:
                 missing = [rank for rank in range(self.size) if not self._store.check([f"at {point}/{rank}"])]
                 raise self.told_by_another() or self._gone(missing, f"did not come within {seconds:g} s")
-            if pause >= BEAT_SECONDS / 4:  # this takes longer than an ordinary start
+            if pause >= BEAT_SECONDS / 4:  # the wait is longer than usual: look for processes that died or hang
                 if (died := self._died()) is not None and not self._store.check(["error"]):
                     raise died
                 if (seen := self._read(f"beat/{after}")) != beat:
@@ -68,15 +67,18 @@ class Witness:
             raise told
 
     def hand_over(self, name: str, text: str) -> None:
-        """Leave `text` under `name` for the other processes of this host."""
+        """Store `text` under `name` for the other processes of this host."""
         self._store.set(f"{name}/{self._neighbours.start}", text)
 
     def handed_over(self, name: str) -> str:
-        """What the first process of this host has left under `name`; "" for nothing."""
+        """The text that the first process of this host has stored under `name`; "" if there is none."""
         return self._read(f"{name}/{self._neighbours.start}")
 
     def let_others_hear(self) -> None:
-        """Note that this process knows the error; process 0, which may keep the store, waits two beats for all."""
+        """Record that this process knows the error. Process 0, which may serve the store, then waits for the others.
+
+        It waits until every other process has recorded the same or has died on this host, two heartbeats at most.
+        """
         deadline, others = time.monotonic() + 2 * BEAT_SECONDS, set(range(1, self.size))
         with contextlib.suppress(RuntimeError):
             self._store.set(f"heard/{self.rank}", "")
@@ -85,9 +87,10 @@ class Witness:
                 time.sleep(0.02)
 
     def tell(self, error: Exception) -> bool:
-        """Leave an error in the store for the others; False if another process has already left one.
+        """Put this process's error into the store for the others; returns whether this process should print it.
 
-        Where the store is gone nobody knows who was first, and a DtrainError then counts as told by another.
+        That is False if another process has already stored one. If the store is gone, it is not known who was first: a
+        DtrainError then counts as printed by another process, and any other error is printed here.
         """
         try:
             if int(self._store.add("told", 1)) != 1:
@@ -99,14 +102,17 @@ class Witness:
         return True
 
     def told_by_another(self) -> DtrainError | None:
-        """The error that another process left, or its death without one; None if neither shows within two beats."""
+        """The error that another process has stored; or, if a process of this host died without one, one that names it.
+
+        None if there is neither within two heartbeats, or if the store is gone.
+        """
         deadline = time.monotonic() + 2 * BEAT_SECONDS
         try:
             while not self._store.check(["error"]):
                 if time.monotonic() > deadline:
                     return None
                 died = self._died()
-                if died is not None and not self._store.check(["error"]):  # otherwise it left its error before it ended
+                if died is not None and not self._store.check(["error"]):  # it may have stored an error before it ended
                     return died
                 time.sleep(0.05)
             code, _, line = self._store.get("error").decode().partition(" ")
@@ -122,11 +128,11 @@ class Witness:
                 yield rank
 
     def _read(self, key: str) -> str:
-        """What stands in the store under `key`; "" where nothing does, since `get` would wait for a whole time-out."""
+        """The value of `key` in the store; "" if it has none, where `get` alone would wait for the time-out."""
         return str(self._store.get(key).decode()) if self._store.check([key]) else ""
 
     def _died(self) -> ProcessError | None:
-        """The error that names the first process of this host that has died, if one has."""
+        """An error that names the first process of this host that has died; None if all are alive."""
         if (rank := next(self._dead(), None)) is None:
             return None
         pid = self._read(f"where/{rank}").split()[-1]
@@ -139,10 +145,10 @@ class Witness:
         )
 
     def silent(self) -> ProcessError:
-        """The error that names the processes which stopped answering, found within three beats.
+        """The error that names the processes which have stopped answering, for a process whose collective has failed.
 
-        They are those that neither gave up as this one does nor sent a heartbeat meanwhile; where there are none, all
-        that did not give up.
+        A process whose collective fails records that here. Those named are the processes that have not recorded it and
+        send no heartbeat for 2.5 heartbeats; if there are none, all that have not recorded it.
         """
         try:
             self._store.set(f"gave up/{self.rank}", "")
@@ -163,7 +169,7 @@ class Witness:
         )
 
     def _seen(self, rank: int) -> str:
-        """How far a process came, in words."""
+        """The progress of a process, in words."""
         beat = self._read(f"beat/{rank}")
         if not beat:
             return "it never came"
@@ -172,7 +178,7 @@ class Witness:
 
 
 class _Beat:
-    """A thread that writes this process's progress to the store every second, so that one that hangs can be named."""
+    """The heartbeat: a thread that writes this process's step and a counter to the store every second."""
 
     def __init__(self, store: Any, rank: int) -> None:
         self.step = NO_STEP
@@ -190,7 +196,7 @@ class _Beat:
         while not self._stopped.wait(BEAT_SECONDS):
             try:
                 self._write()
-            except RuntimeError:  # the store is gone; the next collective fails and is explained
+            except RuntimeError:  # the store is gone; the next collective fails, and `World.explained` explains it
                 return
 
     def stop(self) -> None:
@@ -199,7 +205,7 @@ class _Beat:
 
 
 def _host() -> str:
-    """Where process ids mean the same as here: the host's name and its namespace of process ids."""
+    """The host name and the PID namespace: two processes with the same of both see the same process ids."""
     return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
 
@@ -208,11 +214,11 @@ def _lives(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"  # a dead process is a zombie until its parent waits for it
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # a dead process stays a zombie until its parent waits for it
 
 
 def killed_for_memory() -> int:
-    """How many processes this host's kernel has killed for lack of memory since it started; 0 where it does not say."""
+    """How many processes this host's kernel has killed for lack of memory since it booted; 0 if it does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
             if line.startswith("oom_kill "):

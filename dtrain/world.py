@@ -1,12 +1,12 @@
-"""What the processes of a run say to each other: what they agree on, what they sum, what rank 0 tells the others.
+"""The communication between the processes of a run: agreement about stops and saves, sums, and work for rank 0 alone.
 
-There are three kinds of talk, all over torch.distributed:
-- gradients, by DDP, on the default group (gloo or nccl);
-- agreement, by one asynchronous int64 all-reduce a step on a gloo group of its own, posted in one step and read in the
-  next;
-- what rank 0 does alone (files), by `from_main`: its result or its error becomes everybody's.
-How processes meet and part stands in rendezvous.py. A collective that fails is explained through the store
-(witness.py), where each process keeps how far it came.
+The processes communicate in three ways, all over torch.distributed:
+- DDP averages gradients on the default group (gloo or nccl);
+- to agree on a stop or a save, they run one asynchronous int64 all-reduce a step on a separate gloo group, started in
+  one step and read in the next;
+- `from_main` runs work such as writing files on rank 0 alone, and gives its result or its error to all ranks.
+rendezvous.py connects the processes. When a collective fails, witness.py finds the cause through the store, where each
+process records its progress.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Place:
-    """Which process of the run this is, as torchrun and other launchers tell it through the environment."""
+    """Which process of the run this is, from the environment variables that torchrun and other launchers set."""
 
     rank: int = 0
     size: int = 1
@@ -41,12 +41,15 @@ class Place:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for the run."""
+        """Whether this process prints and writes files for the run: true for rank 0."""
         return self.rank == 0
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """The place that RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE tell; rank 0 of 1 where they are not set."""
+    """The place given by RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; rank 0 of 1 if they are not set.
+
+    Without the two LOCAL variables, all processes are taken to be on one host.
+    """
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Place()
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -55,23 +58,26 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
 @dataclass(frozen=True)
 class Ask:
-    """What all processes have agreed to do at this step boundary."""
+    """What all processes agree to do between two steps: save a checkpoint, stop, or neither."""
 
     save: bool = False
     stop: bool = False
 
 
 class Clock(Protocol):
-    """What rank 0 asks for because of the time: a save that is due, or a stop at a limit that is reached."""
+    """What rank 0 asks for because of the time: a save that is due, or a stop at a time limit."""
 
     def ask(self) -> Ask:
-        """What is due at this moment."""
+        """What is due now."""
         ...
 
 
 @contextlib.contextmanager
 def signals_as_before() -> Iterator[None]:
-    """Restore the handlers of the signals that stop a run at the end of the `with`, whatever was set inside."""
+    """Restore the handlers of SIGTERM, SIGINT and SIGUSR1 at the end of the `with` block.
+
+    Does nothing outside the main thread, where Python cannot set handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,53 +90,55 @@ def signals_as_before() -> Iterator[None]:
 
 
 class World:
-    """This process among the others of its run. With one process nothing is sent and no group exists.
+    """This process's connection to the others of its run. With one process, nothing is sent and no group exists.
 
-    A method that is called collective must be called by every process of the run, in the same order.
+    A method whose docstring says "Collective" must be called by every process of the run, in the same order.
     """
 
     def __init__(self, at: Place, timeout_seconds: float) -> None:
         self._at = at
         self.rank, self.size, self.is_main = at.rank, at.size, at.is_main
         self.timeout_seconds = timeout_seconds
-        self.stop_reason: str | None = None  # the signal this process was sent
+        self.stop_reason: str | None = None  # the name of the signal that asked this process to stop
         self._meeting: rendezvous.Meeting | None = None
         self._witness: Witness | None = None
-        self._control: Any = None  # the gloo group for agreement
+        self._control: Any = None  # the gloo group for everything but gradients and buffers
         self._posted: Any = None
         self._pending = Ask()
 
     @classmethod
     def alone(cls) -> World:
-        """The world of a single process, which waits for nobody."""
+        """The world of a single process."""
         return cls(Place(), 1.0)
 
     # -- coming and going ------------------------------------------------------------------------------------------
 
     def meet(self) -> None:
-        """Meet the other processes; from now on an error of one is known to all. Collective.
+        """Connect to the other processes; from then on all hear of an error of one. Collective.
 
-        Raises ProcessError if they do not come within the time-out, and the error of one that has failed meanwhile.
+        Raises ProcessError if some do not connect within the time-out, or the error of one that fails meanwhile.
         """
         if self.size > 1:
             first = self.rank - self._at.local_rank
             neighbours = range(first, min(first + self._at.local_size, self.size))
             self._meeting = rendezvous.meet(self.rank, self.size, neighbours, self.timeout_seconds)
             self._witness = self._meeting.witness
-            self.wait_for_all("met", self.timeout_seconds)  # afterwards one that fails has somebody to tell
+            self.wait_for_all("met", self.timeout_seconds)  # a process that fails later can tell all the others
 
     def wait_for_all(self, point: str, seconds: float) -> None:
-        """Wait in the store until all have come to `point`, for work that may take longer than a collective may.
+        """A barrier called `point`, for work that may take longer than the time-out of a collective. Collective.
 
-        Raises the error of one that has failed, and ProcessError after `seconds` or for one that shows no life.
+        Raises the error of a process that has failed; ProcessError after `seconds`, or if one has died or hangs.
         """
         if self._witness is not None:
             self._witness.all_at(point, seconds)
 
     def first_of_host(self, work: Callable[[str], T], told: Callable[[T], str], point: str, seconds: float) -> T:
-        """`work("")` on the first process of each host; then, with what `told` says of its result, on the others there.
+        """Call `work("")` on the first process of each host, then `work(told(result))` on the other processes there.
 
-        For what one process a host reads and the others need not read again. Collective; waits like `wait_for_all`.
+        For expensive work that one process of a host does and the others need not repeat: `told` turns its result into
+        a text from which they get the same result cheaply. Returns each process's own result. Collective; waits and
+        raises like `wait_for_all`.
         """
         if self._witness is None:
             return work("")
@@ -143,16 +151,16 @@ class World:
         return result
 
     def join(self, backend: str) -> None:
-        """Make the groups for gradients and for agreement, once all have met and none has failed. Collective.
+        """Create the process groups, once all processes are ready. Collective.
 
-        Raises the error of one that has.
+        Raises the error of a process that has failed before.
         """
         if self._meeting is not None:
             self.wait_for_all("ready", self.timeout_seconds)
             self._control = self._meeting.join(backend)
 
     def leave(self) -> None:
-        """Part from the others in good order. Collective: call it on every rank, or on none after an error."""
+        """Disconnect after a run without an error. Collective; must not be called after an error."""
         if self._control is None or self._meeting is None:
             return
         import torch.distributed as dist
@@ -166,10 +174,10 @@ class World:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn SIGTERM, SIGINT and SIGUSR1 into a request to stop, which `agreed` carries to all processes.
+        """Inside the `with` block, take SIGTERM, SIGINT and SIGUSR1 as requests to stop, which `agreed` tells to all.
 
-        A handler only sets a flag, because Python runs no handler while a collective blocks, and a handler must not
-        start one. Outside the main thread, as under Ray, signals are left alone.
+        The handler only sets a flag: it must not start a collective, and Python calls it only after one that blocks
+        has returned. Outside the main thread, as under Ray, no handler can be set, and signals keep their effect.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -186,13 +194,16 @@ class World:
         self.stop_reason = signal.Signals(number).name
 
     def ignore_signals(self) -> None:
-        """Ignore further signals once all have agreed to stop: a late TERM would turn exit code 75 into 143."""
+        """Ignore further signals once all have agreed to stop: a late SIGTERM would turn exit code 75 into 143."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
     def post(self, clock: Clock) -> None:
-        """Send what this process asks for; the next `agreed` reads it. An asynchronous all-reduce of two int64."""
+        """Start an asynchronous all-reduce of what this process asks for; the next `agreed` reads the result.
+
+        Collective. It sends two int64.
+        """
         mine = clock.ask() if self.is_main else Ask()
         mine = Ask(save=mine.save, stop=mine.stop or self.stop_reason is not None)
         if self._control is None:
@@ -206,9 +217,10 @@ class World:
         self._posted = (work, wishes)
 
     def agreed(self, clock: Clock, step: int | None = None) -> Ask:
-        """Return what all processes posted one step ago, and post anew. Collective; waits only for what is a step old.
+        """Return what the processes together asked for one step ago, and post what this one asks for now. Collective.
 
-        step: how many updates are done, which the heartbeat tells the others; None leaves it, as in an evaluation.
+        It waits only for the all-reduce that was started one step ago, which has usually finished. step: the number of
+        updates done, which the heartbeat then reports; None leaves the reported step as it is, as in an evaluation.
         """
         if self._witness is not None and step is not None:
             self._witness.beat.step = str(step)
@@ -233,7 +245,7 @@ class World:
     # -- sums, files, sameness -------------------------------------------------------------------------------------
 
     def total(self, sums: torch.Tensor) -> list[int]:
-        """The sum of an int64 tensor over all processes, as ints. Collective and a host sync: use it at log points."""
+        """The sum of an int64 tensor over all processes, as ints. Collective; a host sync, so only for log points."""
         mine = sums.cpu()
         if self._control is not None:
             import torch.distributed as dist
@@ -242,7 +254,7 @@ class World:
         return [int(value) for value in mine.tolist()]
 
     def least(self, value: int) -> int:
-        """The smallest of all processes' values. Collective."""
+        """The smallest value over all processes. Collective."""
         if self._control is None:
             return value
         import torch
@@ -253,7 +265,7 @@ class World:
         return int(box.item())
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective.
+        """Call `work` on rank 0 alone; every rank returns its result or raises its DtrainError. Collective.
 
         The result is pickled and sent over the network, so it should be small.
         """
@@ -274,18 +286,18 @@ class World:
         return result
 
     def main_first(self, work: Callable[[bool], T]) -> T:
-        """Run `work(True)` on rank 0, then `work(False)` on the others. Collective.
+        """Call `work(True)` on rank 0, then `work(False)` on the others; returns each rank's own result. Collective.
 
-        If rank 0 raises a DtrainError, every rank raises it and the others do not begin.
+        If rank 0 raises a DtrainError, every rank raises it and the others do not call `work`.
         """
         mine: list[T] = []
         self.from_main(lambda: mine.append(work(True)))
         return mine[0] if mine else work(False)
 
     def same(self, value: str, what: str) -> None:
-        """Raise ProcessError on every rank unless all gave the same `value`. Collective; one broadcast, one all-reduce.
+        """Raise ProcessError on every rank unless all pass the same `value`. Collective: a broadcast and an all-reduce.
 
-        what: names the value in the error.
+        what: the name of the value, for the error.
         """
         if self._control is None:
             return
@@ -311,12 +323,13 @@ class World:
     # -- when something goes wrong ---------------------------------------------------------------------------------
 
     def explained(self, error: Exception) -> Exception:
-        """The error to end this process with, so that one process of the run prints it and all end with its exit code.
+        """The error to end this process with. One process of the run prints it, and all end with its exit code.
 
-        A process that fails on its own leaves its error in the store. One whose collective failed takes that error
-        over; if there is none, it waits two heartbeats to see which processes still live, and names those that do not.
+        A process that fails by itself puts its error into the store. A process whose collective has failed raises the
+        error that it finds in the store. If there is none within two heartbeats, it finds out which processes have
+        stopped answering, and the error names these.
         """
-        if self._witness is None:  # before they meet all processes find the same error, unless they do not meet
+        if self._witness is None:  # before they connect, all find the same error, except for a failure to connect
             return _told(error, elsewhere=not self.is_main and not isinstance(error, ProcessError))
         if _is_of_a_collective(error):
             other = self._witness.told_by_another() or self._witness.silent()
@@ -328,7 +341,10 @@ class World:
 
 
 def _told(error: Exception, *, elsewhere: bool) -> Exception:
-    """The error, knowing whether another process prints it; an unexpected one that another prints is one line here."""
+    """A DtrainError that knows whether another process prints it; an unexpected error that is printed here, unchanged.
+
+    An unexpected error that another process prints becomes a DtrainError, so that this process prints no traceback.
+    """
     if isinstance(error, DtrainError):
         return error.told(elsewhere=elsewhere)
     if not elsewhere:
@@ -339,7 +355,7 @@ def _told(error: Exception, *, elsewhere: bool) -> Exception:
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """Whether an error comes from torch.distributed: a DistError, or a RuntimeError that names the back end."""
+    """Whether an error comes from torch.distributed: a DistError, or a RuntimeError whose text names gloo or NCCL."""
     text = str(error).lower()
     known = type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
     return isinstance(error, RuntimeError) and known

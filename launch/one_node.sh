@@ -1,17 +1,18 @@
 #!/bin/sh
-# Trains on this machine, one process for each GPU, or for each core where there is no GPU:
+# Trains on this machine, with one process for each GPU, or for each core if there is no GPU:
 #
 #   launch/one_node.sh --arch allcnn_c --dataset digits
 #
-# NPROC=2 chooses the number of processes. Everything else is dtrain's. Run it again to go on after a stop.
+# NPROC=2 chooses the number of processes. The flags are those of `dtrain train`. The same command again continues a run
+# that was stopped.
 set -eu
 
-# An activated environment comes first, else the one that `make` has made.
+# Use torchrun of the activated environment, or else of the .venv that setup_env.sh has created.
 command -v torchrun >/dev/null || PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH
 
-# --max-restarts=0: a stopped run (exit code 75) has saved and wants to end; torchrun would start it again at once.
-# --signals-to-handle: passed on to every process, which save the same step and leave together. Without SIGUSR1 in the
-#   list, that signal would kill torchrun and leave the processes behind.
-# exec: the signals of a scheduler or of `docker stop` reach torchrun itself and not this shell.
+# --max-restarts=0: a run that was stopped (exit code 75) has saved and should end; torchrun would restart it at once.
+# --signals-to-handle: torchrun passes these on to every process; all save the same step and end together. If SIGUSR1
+#   were not in the list, it would kill torchrun and leave the processes running.
+# exec: makes the signals of a scheduler or of `docker stop` reach torchrun and not this shell.
 exec torchrun --standalone --nproc-per-node="${NPROC:-auto}" --max-restarts=0 \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 -m dtrain "$@"

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Makes .venv with dtrain in it, and FFCV where it can be built:
+# Creates the environment .venv and installs dtrain in it, with FFCV if that can be built:
 #
-#   launch/setup_env.sh [dev]        `dev` adds the tools of `make test`
+#   launch/setup_env.sh [dev]        `dev` adds the tools for `make test` and `make check`
 #
-# PYTHON=python3.12 chooses the interpreter. A second call does nothing until setup.cfg, pyproject.toml, the interpreter
-# or what FFCV needs of the system changes. As root on Debian or Ubuntu, missing system packages are installed by
-# apt-get; otherwise one line says which they are.
+# PYTHON=python3.12 chooses the interpreter. A further call does nothing, unless setup.cfg, pyproject.toml, the
+# interpreter or the system packages for FFCV have changed. Missing system packages are installed with apt-get, if the
+# user is root on Debian or Ubuntu; otherwise one line names them.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -13,7 +13,7 @@ kind=${1:-run}
 
 say() { echo "setup: $*" >&2; }
 
-# FFCV comes as source code; this is what its build looks for.
+# Prints the system packages that are missing. pip builds FFCV from source code, for which it needs them.
 missing_for_ffcv() {
     command -v g++ >/dev/null || echo g++
     command -v pkg-config >/dev/null || echo pkg-config
@@ -36,7 +36,7 @@ pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input "
 
 wanted() { { "$python" -V; cat setup.cfg pyproject.toml; missing_for_ffcv; } | sha256sum; }
 
-is_ready() { # `dev` holds all that `run` does
+is_ready() { # an environment of the kind `dev` serves for `run` as well
     for stamp in ".venv/ready-$kind" .venv/ready-dev; do
         if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ]; then return 0; fi
     done
@@ -49,7 +49,7 @@ make_venv() {
         return 1
     }
     "$python" -m venv --clear .venv
-    "$python" -V >.venv/made # last, so that half an environment is made again
+    "$python" -V >.venv/made # written last, so that an environment that was left incomplete is created again
 }
 
 "$python" -c 'import sys; exit(sys.version_info < (3, 11))' || {
@@ -60,9 +60,9 @@ if is_ready; then exit 0; fi
 rm -f .venv/ready-*
 
 missing=$(missing_for_ffcv | tr '\n' ' ')
-# shellcheck disable=SC2086  # one word a package
+# shellcheck disable=SC2086  # not quoted, because every word is a package
 if [ -n "$missing" ] && ! install_system $missing; then
-    say "without FFCV the memory reader is used; to have FFCV, install $missing"
+    say "without FFCV, images are read by the memory reader; to have FFCV, install $missing"
 fi
 
 [ "$(cat .venv/made 2>/dev/null)" = "$("$python" -V)" ] || make_venv
@@ -72,8 +72,8 @@ case $kind in
     *) pip install --editable ".[$kind]" ;;
 esac
 if [ -z "$(missing_for_ffcv)" ]; then
-    pip install --editable ".[ffcv]" || say "FFCV could not be built; without it the memory reader is used"
+    pip install --editable ".[ffcv]" || say "FFCV could not be built; images are read by the memory reader"
 fi
 
-wanted >.venv/stamp.partial # renamed when whole: an interrupted set-up leaves no stamp
+wanted >.venv/stamp.partial # renamed when complete, so that an interrupted set-up is not taken for a finished one
 mv .venv/stamp.partial ".venv/ready-$kind"

@@ -77,7 +77,7 @@ def test_every_flag_is_in_a_panel_with_words_about_it(train_help: str) -> None:
         "epoch 200 on, counted from 0 [default: 128]",
         "--epochs X passes over the training set; fractions such as 2.5 are allowed [default: 10]",
         "--dist-timeout X seconds after which a process that does not answer is given up and the run ends",
-        "--nproc N processes on this machine, as torchrun starts them [default: 1]",
+        "--nproc N number of processes to start on this machine [default: 1]",
         "--output PATH run directory [default: runs/<arch>-<dataset>-<digest of the settings>]",
         "--amp-dtype TEXT data type of autocast (mixed precision); the weights stay float32;",
         "--eval-every TEXT how often to evaluate: 500steps, 1epoch, or end [default: 1epoch]",

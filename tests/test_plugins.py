@@ -559,16 +559,16 @@ def test_a_schedule_or_a_data_set_that_changes_is_refused(tmp_path: Path) -> Non
 
         return {"digest": "1", "class_names": ["a", "b"], "image_size": 4, "train": split, "test": split}
 
-    with pytest.raises(AssertionError, match="schedule stepped depends on what it was asked before"):
+    with pytest.raises(AssertionError, match="schedule stepped gives other factors when it is called in another order"):
         check_schedule(stepped)
     with pytest.raises(PluginError, match="schedule negative gives -0.* after 4 of 7 samples"):
         check_schedule(negative)
-    with pytest.raises(AssertionError, match="data set noisy: train has other pictures each time"):
+    with pytest.raises(AssertionError, match="data set noisy: train has different pictures each time"):
         check_dataset(noisy)
 
     def versions(data_dir: Path) -> dict[str, Any]:
         asked.append(0)
         return {**noisy(data_dir), "digest": str(len(asked))}
 
-    with pytest.raises(AssertionError, match="data set versions has another digest each time"):
+    with pytest.raises(AssertionError, match="data set versions has a different digest each time"):
         check_dataset(versions)

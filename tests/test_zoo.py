@@ -240,9 +240,9 @@ def test_a_sound_architecture_passes() -> None:
         (lambda n: Small(n + 1), PluginError, r"must return logits of shape \(2, 10\) for 3 x 32 x 32 images"),
         (lambda n: nn.Conv2d(1, n, 3), PluginError, "fails on 3 x 32 x 32 images: RuntimeError"),
         (lambda n: "network", PluginError, "returns a str, not a torch.nn.Module"),
-        (OtherEachTime, AssertionError, "OtherEachTime has other weights each time"),
+        (OtherEachTime, AssertionError, "OtherEachTime gets different weights from the same seed"),
         (Idle, AssertionError, "parameter idle.weight gets no gradient"),
-        (Forgetful, AssertionError, "answers otherwise after its state dict was loaded"),
+        (Forgetful, AssertionError, "gives different logits when its state dict is loaded"),
         (Renamed, AssertionError, "state dict does not load back"),
     ],
 )
@@ -281,14 +281,14 @@ class Wordy(torch.optim.SGD):
     [
         (lambda groups, lr: "sgd", PluginError, "returns a str, not a torch.optim.Optimizer"),
         (lambda groups, lr: torch.optim.SGD(groups[:1], lr), AssertionError, "does not hold every parameter"),
-        (OwnRate, AssertionError, "OwnRate moves at lr 0"),
+        (OwnRate, AssertionError, "OwnRate changes weights at lr 0"),
         (
             lambda groups, lr: torch.optim.SGD([groups[0], {**groups[1], "lr": 0.0}], lr),
             AssertionError,
             "not move bias",
         ),
-        (Secret, AssertionError, "goes on otherwise from its saved state"),
-        (Wordy, AssertionError, "keeps state that is no tensor and no number"),
+        (Secret, AssertionError, "does not continue bit for bit from its saved state"),
+        (Wordy, AssertionError, "keeps state that is neither a tensor nor a number"),
     ],
 )
 def test_the_kit_tells_what_is_wrong_with_an_optimizer(broken: Any, error: type[Exception], told: str) -> None:

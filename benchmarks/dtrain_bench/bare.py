@@ -1,7 +1,8 @@
-"""The loop to compare with: one network, one resident batch, forward, backward, SGD. `python -m dtrain_bench.bare`.
+"""A bare training loop to compare dtrain with: forward, backward and SGD on one batch that stays in memory.
 
-Same network, batch, precision, threads and allocator as the trainer; no loader, no evaluation, no log, no checkpoint.
-Prints images per CPU-second of the steps after the warm-up.
+It has the network, batch size, precision, threads and allocator settings of the trainer that it is compared with, but
+no loader, evaluation, log or checkpoint. `python -m dtrain_bench.bare BATCH STEPS WARMUP THREADS` prints the images per
+CPU-second of STEPS steps after WARMUP steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dtrain.runtime import tune_allocator
 
 
 def main(batch_size: int, steps: int, warmup: int, threads: int) -> None:
-    """Run the loop and print its rate."""
+    """Run the loop and print its images per CPU-second."""
     tune_allocator()
     import torch
     from dtrain_zoo.allcnn import allcnn_c

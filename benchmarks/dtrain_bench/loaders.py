@@ -1,4 +1,4 @@
-"""`dtrain bench loaders`: each reader with flip, shift and cutout against the same kernel on a resident array."""
+"""`dtrain bench loaders`: compares each reader, with flip, shift and cutout, with its augmentation code alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AUGMENTATION = Augmentation(flip=True, shift=4, cutout=8)
 
 
 def resident_rate(beton: Beton, batches: int) -> float:
-    """Images per second of deciding and moving pixels alone, from an array in memory, in one thread."""
+    """Images per second of the augmentation code alone, from an array in memory, in one thread."""
     flat = np.fromfile(beton.path, np.uint8)
     lut = lookup_table(beton.mean, beton.std, "float32")
     size, count = beton.image_size, len(beton.labels)
@@ -39,7 +39,7 @@ def resident_rate(beton: Beton, batches: int) -> float:
 
 
 def reader_rate(beton: Beton, kind: str, batches: int) -> float:
-    """Images per second that a loader hands out, after its first batch."""
+    """Images per second that a loader with a reader of this kind hands out, after its first batch."""
     samples = np.arange(BATCH) % len(beton.labels)
     with open_loader(
         beton,
@@ -62,11 +62,11 @@ def reader_rate(beton: Beton, kind: str, batches: int) -> float:
 
 
 def main(*, quick: bool, as_json: bool) -> None:
-    """Measure and print. quick: three short turns, to see that it runs."""
+    """Measure and print. quick: three short turns, to try it out."""
     turns, batches = (3, 20) if quick else (9, 200)
     beton = Console(False).converting(convert(Data(dataset="synthetic")))["train"]
     kinds = ["memory"] + (["ffcv"] if find_spec("ffcv") else [])
-    resident_rate(beton, 2)  # compiles
+    resident_rate(beton, 2)  # compiles the function outside the measurement
     results = {
         kind: ratios(
             partial(reader_rate, beton, kind, batches),

@@ -1,6 +1,7 @@
-"""`dtrain bench overhead`: the trainer, end to end through its reader, against a bare loop on resident data.
+"""`dtrain bench overhead`: compares a full training run with a bare loop on one batch that stays in memory.
 
-Two processes with one thread each are compared with two independent bare loops that run at the same time.
+One process is compared with one bare loop, and two processes with two bare loops that run at the same time. Every
+process has one thread.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dtrain.run.rundir import read_rows
 from dtrain_bench.processes import output_of
 from dtrain_bench.ratios import ratios, show
 
-BATCH, WARMUP = 128, 4  # images of one process's share; steps before the measurement begins
+BATCH, WARMUP = 128, 4  # images of one process in a step; steps before the measurement begins
 
 
 def trainer_rate(steps: int, processes: int) -> float:
-    """Images per CPU-second of a real training run on synthetic images, between its first and its last log row.
+    """Images per CPU-second and process of a training run on synthetic images, from its first to its last log row.
 
-    The rows hold rank 0's processor time; the other ranks do the same work.
+    The CPU time is that of rank 0, which the rows hold; the other ranks do the same work.
     """
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:
         output = Path(folder) / "run"
@@ -37,7 +38,7 @@ def trainer_rate(steps: int, processes: int) -> float:
 
 
 def bare_rate(steps: int, processes: int) -> float:
-    """Images per CPU-second of bare loops, `processes` of them at once; their mean."""
+    """The mean images per CPU-second of `processes` bare loops that run at the same time."""
     command = [sys.executable, "-m", "dtrain_bench.bare", *map(str, (BATCH, steps, WARMUP, 1))]
     others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes - 1)]
     rates = [float(output_of(command)), *(float(other.communicate()[0]) for other in others)]
@@ -45,7 +46,7 @@ def bare_rate(steps: int, processes: int) -> float:
 
 
 def main(*, quick: bool, as_json: bool) -> None:
-    """Measure and print. quick: two short turns, to see that it runs."""
+    """Measure and print. quick: two short turns, to try it out."""
     turns, steps = (2, 4) if quick else (9, 40)
     results = {
         name: ratios(partial(trainer_rate, steps, processes), partial(bare_rate, steps, processes), turns=turns)

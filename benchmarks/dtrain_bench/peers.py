@@ -1,8 +1,8 @@
-"""`dtrain bench peers`: a real training run against plain PyTorch, Lightning and Accelerate, each in two forms.
+"""`dtrain bench peers`: compares a training run of dtrain with plain PyTorch, Lightning and Accelerate, in two forms.
 
-Same network, batch size, images, augmentation and optimizer; the loaders run as well. A turn runs every contender once,
-each in a process of its own, and gives one ratio for each of the others; the next turn goes the other way round.
-`python -m dtrain_bench.peers < benchmarks/results/peers.json` prints the README's table again.
+All have the same network, batch size, images, augmentation and optimizer, and data loading is included. A turn runs
+each of them once, in a process of its own, and gives the ratio of dtrain to each other; the next turn has the opposite
+order. `python -m dtrain_bench.peers < benchmarks/results/peers.json` prints the table of the README.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from dtrain_bench.processes import output_of
 from dtrain_bench.ratios import compared, machine
 
 OURS = "dtrain"
-PEERS = {  # name: (module of contenders/, the package it needs)
+PEERS = {  # name: (module in contenders/, the package that it needs)
     "plain PyTorch": ("plain_pytorch", "torch"),
     "Lightning": ("with_lightning", "lightning"),
     "Accelerate": ("with_accelerate", "accelerate"),
 }
 DISTRIBUTIONS = ("torchvision", "pillow", "ffcv", "lightning", "accelerate")
-BATCH_SIZE, SHIFT = 128, 4  # as contenders/task.py has them, which imports torchvision
-# steps before the measurement and in it: about 7 s each on the machine of the records, 15 minutes in all
+BATCH_SIZE, SHIFT = 128, 4  # equal to those of contenders/task.py, which is not imported because it needs torchvision
+# (warm-up steps, timed steps): about 7 s on the machine of the records, and 15 minutes in all
 STEPS = {
     "allcnn_c": {OURS: (3, 14), "tuned": (3, 12), "defaults": (2, 6)},
     "small": {OURS: (50, 500), "tuned": (20, 200), "defaults": (20, 160)},
 }
-NETWORKS = {  # as dtrain is told of them
+NETWORKS = {  # name: the flags that choose it in dtrain
     "allcnn_c": ["--arch", "allcnn_c", "--arch-opt", "norm=batch"],
     "small": ["--arch", f"{Path(__file__).with_name('contenders') / 'networks.py'}:small"],
 }
-EPOCH = 50_000  # images, at least, before a contender's loader begins anew; those of CIFAR-10
+EPOCH = 50_000  # the least images in an epoch of the other trainers; as many as CIFAR-10 has
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of the comparison. name: "dtrain", or "plain PyTorch" and the like; form: "defaults" or "tuned"."""
+    """One trainer in the comparison. name: "dtrain" or a key of PEERS; form: "defaults" or "tuned"."""
 
     name: str
     form: str
@@ -67,7 +67,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Data:
-    """What all train on: `name` for dtrain, the same images in `file` for the others."""
+    """The training images. name, data_dir: for dtrain; file: an .npz with the same images, for the others."""
 
     name: str
     data_dir: Path
@@ -76,9 +76,9 @@ class Data:
 
 
 def write_images(beton: Beton, file: Path) -> None:
-    """The images of a beton as an .npz for the others, repeated to the length of an epoch of CIFAR-10.
+    """Write the images of a beton to an .npz file, repeated until there are at least EPOCH.
 
-    Where they are few, the others are so spared the beginning of many epochs; dtrain is not.
+    So the other trainers rarely have to start an epoch, which is slow for them, even if the data set is small.
     """
     flat, size = np.memmap(beton.path, np.uint8, "r"), beton.image_size
     at = beton.pixel_offsets.astype(np.int64)[:, None] + np.arange(size * size * 3)[None, :]
@@ -89,7 +89,7 @@ def write_images(beton: Beton, file: Path) -> None:
 
 
 def prepare_data(data_dir: Path, folder: Path) -> Data:
-    """CIFAR-10 if it is in `data_dir`, else the synthetic set; converted for dtrain, written out for the others."""
+    """Take CIFAR-10 if it is in `data_dir`, else the synthetic set. Convert it for dtrain, write it for the others."""
     name = "cifar10"
     try:
         locate(name, data_dir, {"download": "false"})
@@ -101,11 +101,11 @@ def prepare_data(data_dir: Path, folder: Path) -> Data:
 
 
 def measured(contender: Contender, network: str, data: Data, quick: bool, bf16: bool) -> dict[str, float]:
-    """Run one contender in a process of its own: its images per second and per CPU-second, and its mean loss."""
+    """Run one trainer in a process of its own; returns images per second and per CPU-second, and the mean loss."""
     warmup, steps = STEPS[network][OURS if contender.name == OURS else contender.form]
     if quick:
         steps = max(2, steps // 5)
-    # what a library does with the machine is its own affair, also where the shell was told otherwise
+    # each library chooses its own number of threads, whatever the shell of the user has set
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as name:
         folder = Path(name)
@@ -125,11 +125,15 @@ def measured(contender: Contender, network: str, data: Data, quick: bool, bf16: 
 def _of_dtrain(
     network: str, data: Data, warmup: int, steps: int, folder: Path, environment: Mapping[str, str]
 ) -> dict[str, float]:
-    """A training run as a user starts it, between its first and its last log row; threads do its loading."""
+    """Run `dtrain train` as a user would; the figures are from its first to its last log row.
+
+    Its loader has threads and no processes, so the CPU time in the rows is that of the whole run.
+    """
     flags = f"--recipe none --dataset {data.name} --device cpu --flip --shift {SHIFT}"
     flags += f" --batch-size {BATCH_SIZE} --steps {warmup + steps} --log-interval {warmup}"
     flags += " --opt sgd --lr 0.05 --momentum 0.9 --nesterov --weight-decay 5e-4 --schedule constant"
-    flags += " --val-split 0.01 --eval-every end --checkpoint-every end"  # after the last row; the others do neither
+    # evaluation and saving come after the last row, so they are not timed; the other trainers do neither
+    flags += " --val-split 0.01 --eval-every end --checkpoint-every end"
     command = [sys.executable, "-m", "dtrain", "train", *NETWORKS[network], *flags.split()]
     command += ["--data-dir", str(data.data_dir.absolute()), "--output", str(folder / "run")]
     output_of(command, folder=folder, environment=environment)
@@ -146,9 +150,9 @@ def _of_dtrain(
 def turns_of(
     network: str, contenders: Sequence[Contender], data: Data, *, turns: int, quick: bool, bf16: bool
 ) -> dict[str, Any]:
-    """All contenders `turns` times, every other turn backwards.
+    """Run all trainers `turns` times, every second turn in the opposite order.
 
-    rates: of each contender, the values of each turn; ratios: of dtrain's images per second to each other's.
+    Returns `rates`, the values of each trainer in each turn, and `ratios`, dtrain's images per second over the others'.
     """
     rates: dict[str, dict[str, list[float]]] = {str(c): {} for c in contenders}
     for turn in range(turns):
@@ -171,7 +175,7 @@ def turns_of(
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The README's table of a record, as Markdown."""
+    """A record as the Markdown table of the README."""
     networks = record["results"]
     head = [f"{record['data']}, batch {record['batch_size']}"]
     for network in networks:
@@ -193,7 +197,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def _contenders() -> list[Contender]:
-    """dtrain and the others that are installed; who is missing is told."""
+    """dtrain, and both forms of each other trainer that is installed. Prints which are not."""
     found = [Contender(OURS, "tuned")]
     for name, (_, package) in PEERS.items():
         if find_spec(package) is None:
@@ -204,7 +208,7 @@ def _contenders() -> list[Contender]:
 
 
 def main(*, networks: Sequence[str], turns: int, data_dir: Path, quick: bool, as_json: bool) -> None:
-    """Measure and print. quick: one turn of a fifth of the steps, to see that it runs."""
+    """Measure and print. quick: one turn with a fifth of the steps, to try it out. Raises UsageError."""
     if turns < 1:
         raise UsageError(f"--turns {turns}: give 1 or more")
     for network in networks:

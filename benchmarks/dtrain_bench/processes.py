@@ -1,4 +1,4 @@
-"""What a benchmark measures runs in a process of its own."""
+"""Runs what a benchmark measures in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dtrain.errors import ProofError
 
 
 def output_of(command: list[str], *, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints, run in `folder` with `environment` (default: as here). ProofError if it ends badly."""
+    """Run a command and return its standard output. Raises ProofError if its exit code is not 0.
+
+    folder, environment: by default those of this process.
+    """
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     if done.returncode:
         raise ProofError(f"{' '.join(command[1:4])} ended with {done.returncode}: {done.stderr.strip()[-300:]}")

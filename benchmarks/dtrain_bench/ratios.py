@@ -1,4 +1,4 @@
-"""Turn and turn about: two ways of doing one thing, in one run, as ratios with median and interval."""
+"""Measures two ways of doing the same in turns, and gives the ratios of their rates with median and quartiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dtrain.run.rundir import environment
 
 
 def machine() -> dict[str, Any]:
-    """What a figure must stand beside: processor, cores, load, versions."""
+    """The facts about the machine that belong to every measurement: processor, cores, load, versions."""
     versions = {name: metadata.version(name) for name in ("dtrain", "torch", "numpy")}
     return {
         "processor": environment()["processor"],
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
 
 
 def ratios(ours: Callable[[], float], theirs: Callable[[], float], *, turns: int) -> dict[str, Any]:
-    """Both rates `turns` times, alternating which comes first; the ratio of each pair, its median and quartiles."""
+    """Measure both rates `turns` times, in alternating order, and compare the pairs as `compared` does."""
     pairs = []
     for turn in range(turns):
         if turn % 2:
@@ -36,7 +36,7 @@ def ratios(ours: Callable[[], float], theirs: Callable[[], float], *, turns: int
 
 
 def compared(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Of pairs (ours, theirs): the median of each side, and the median, quartiles and range of the pairs' ratios."""
+    """For pairs (ours, theirs): the median of each side, and the median, quartiles and range of the ratios."""
     values = sorted(a / b for a, b in pairs)
     quartiles = statistics.quantiles(values, n=4) if len(values) > 2 else [values[0], values[0], values[-1]]
     return {
@@ -50,7 +50,7 @@ def compared(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def show(title: str, results: dict[str, dict[str, Any]], unit: str, *, as_json: bool) -> None:
-    """Print results as lines or JSON, the machine beside them."""
+    """Print results with the facts about the machine, as lines or as JSON."""
     if as_json:
         print(json.dumps({"benchmark": title, "unit": unit, "machine": machine(), "results": results}, indent=1))
         return

@@ -1,4 +1,4 @@
-"""Draws small pictures with captions on one sheet. Depends on Pillow alone."""
+"""Draws small pictures with captions in a grid on one image. Needs Pillow and numpy alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 COLUMNS = 8  # an even number, so that the two images of a mixed pair stand side by side
-SIDE = (
-    128  # least side of a tile in pixels; smaller pictures are enlarged by a whole factor, so that pixels stay square
-)
+# Smaller pictures are enlarged to at least this many pixels, by a whole factor, so that their pixels stay square.
+SIDE = 128
 MARGIN, GAP, LINE = 24, 12, 17
 PAPER, INK, FAINT = (255, 255, 255), (28, 32, 38), (120, 128, 138)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture, uint8 [H, W, C] of 1 or 3 channels; the lines of its caption; and a last line in gray."""
+    """One picture, uint8 [H, W, C] with 1 or 3 channels, and its caption: some lines, then a note in gray."""
 
     picture: npt.NDArray[np.uint8]
     lines: Sequence[str]
@@ -29,7 +28,7 @@ class Tile:
 
 
 def contact_sheet(title: str, subtitle: str, tiles: Sequence[Tile]) -> Image.Image:
-    """Draw tiles, whose pictures have equal sizes, in rows of COLUMNS below a title. tiles: at least one."""
+    """Draw tiles in rows of COLUMNS below a title. tiles: at least one, with pictures of equal sizes."""
     title_font, font = _font(20), _font(13)
     pictures = [_enlarged(tile.picture) for tile in tiles]
     width, height = pictures[0].size
@@ -70,7 +69,7 @@ def _fitted(text: str, font: Font, width: int) -> str:
 
 
 def _font(size: int) -> Font:
-    """DejaVu Sans if it is installed, since it has most scripts that class names are written in, else Pillow's font."""
+    """DejaVu Sans if it is installed, because it covers many scripts that class names may use; else Pillow's font."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:

@@ -1,4 +1,4 @@
-"""`dtrain data convert|inspect|verify|show`: convert a data set, look into a beton, check it, draw a training step."""
+"""`dtrain data`: converts a data set, describes or checks a converted file (beton), draws the images of a step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dtrain.settings.data import Data
 
 
 def convert(asked: Data) -> Generator[Progress, None, dict[str, Beton]]:
-    """The betons of a data set, converted if they are not there; yields progress. Raises what `prepare` raises."""
+    """Convert a data set unless the cache has it; yields progress, returns the betons. Raises what `prepare` raises."""
     return prepare(asked.dataset, asked.data_dir, asked.cache_dir, asked.conversion(), options=asked.dataset_opt)
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """The facts about a beton, as JSON's types, after its structure has been checked. Raises DataError."""
+    """The facts about a beton, as values for JSON, after a check of its structure. Raises DataError."""
     return _facts(open_beton(path))
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The facts about a beton after every byte has been checked. Reads the whole file. Raises DataError."""
+    """The facts about a beton after a check of its structure and its checksum. Reads the file. Raises DataError."""
     return {**_facts(verify_beton(path)), "sound": True}
 
 
@@ -58,14 +58,14 @@ def _facts(beton: Beton) -> dict[str, Any]:
 
 
 def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
-    """Draw images of step `step` of a run to the PNG file `out`, as the network sees them, with their classes.
+    """Draw the augmented images of step `step` of a run, with the names of their classes, to the PNG file `out`.
 
-    step: counted from 1, as in the rows of metrics.jsonl. most: how many images are drawn, the first ones of the global
-    batch. They come from the run's own loader, and their normalisation is undone. Returns a line that says what was
-    drawn. Converts the data set first where that is due. Raises UsageError for a step that the run does not have,
+    step: counted from 1, as in the rows of metrics.jsonl. most: the first so many images of the global batch are drawn.
+    The images come from the loader that the run would use, and their normalisation is undone. Returns a line that says
+    what was drawn. Converts the data set first if needed. Raises UsageError for a step that the run does not have,
     StorageError if the file cannot be written.
     """
-    import torch  # here, since the other verbs do without it
+    import torch  # here, because the other commands of this file do not need it
 
     from dtrain import assembly
     from dtrain.commands.contact_sheet import Tile, contact_sheet
@@ -98,7 +98,7 @@ def show(config: TrainConfig, step: int, most: int, out: Path) -> str:
 
 
 def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
-    """The class of an image; of a mixed image both classes with their shares, the larger first."""
+    """The class of an image; for a mixed image both classes with their weights, the larger first."""
     if label.ndim == 0:
         return [names[int(label)]]
     order = np.argsort(-label, kind="stable")[:2]
@@ -106,7 +106,7 @@ def _names_of(label: np.ndarray[Any, Any], names: tuple[str, ...]) -> list[str]:
 
 
 def _told(augmentation: Augmentation) -> str:
-    """The augmentations that are asked for, with their values."""
+    """The augmentations that are on, with their values, as text."""
     told = []
     for name, value in vars(augmentation).items():
         if value is True:

@@ -1,4 +1,4 @@
-"""`dtrain train --dry-run`: prints what a run would start with, and trains nothing."""
+"""`dtrain train --dry-run`: prints what a run would do, and does not train."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FIRST_STEPS = 5
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Print the plan, the shapes of inputs and outputs, the parameters in their groups, memory and the first rates.
+    """Print the plan, input and output shapes, the parameter groups, memory and the first learning rates.
 
-    Converts the data set if that has not been done. Raises what a run would raise before its first step.
+    Converts the data set if needed. Raises what a run would raise before its first step.
     """
     at, alone = place(), World.alone()
     console = Console(at.is_main)

@@ -1,4 +1,4 @@
-"""`dtrain eval RUN`: exact counts of a checkpoint on the run's own evaluation split."""
+"""`dtrain eval RUN`: evaluates a checkpoint on the evaluation split of its run; counts correct answers exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from dtrain.world import Place
 
 
 def load_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
-    """The checkpoint that `which` means: last, best or a step. Raises StorageError, UsageError."""
+    """Load the checkpoint that `which` means: "last", "best" or a step.
+
+    Raises StorageError if the run has no sound checkpoint or the chosen one is damaged, UsageError if it has no
+    checkpoint of that step.
+    """
     folder = run / checkpoint.FOLDER
     if which == "last" or not checkpoint.listed(folder):
         if (newest := checkpoint.find(folder).checkpoint) is None:
@@ -44,10 +48,12 @@ def _best_step(run: Path) -> int | None:
 
 
 def evaluate_run(run: Path, which: str, here: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluate raw and EMA weights of a checkpoint in one process, in the run's chunks and precision.
+    """Evaluate the raw and, if there are any, the EMA weights of a checkpoint in one process.
 
-    here: settings in place of the run's own, such as its device and folders.
-    Returns per kind of weights: hits, hits5, images, loss, and per class hits and images.
+    Images are evaluated in the same batches and the same precision as in the run. here: settings that replace the run's
+    own, such as device and folders.
+    Returns for each kind of weights: hits (correct top-1 answers), hits5 (correct in the top 5), images, mean loss, and
+    for each class hits and images.
     """
     saved, record = load_checkpoint(run, which), read_record(run)
     kept = {"amp_dtype": record.resolved.get("amp_dtype")} if record is not None else {}
@@ -90,7 +96,7 @@ def _counts(config: TrainConfig, machine: Runtime, dataset: DataSet, tensors: Ma
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print what `evaluate_run` returned, for people."""
     for weights, figures in result["weights"].items():
         print(f"{result['split']} at step {result['step']}, {weights} weights")
         print(f"  top-1  {counted(figures['hits'], figures['images'])}")

@@ -1,6 +1,6 @@
-"""`dtrain train --nproc N`: starts the processes by torch's own launcher and keeps the exit code of the run.
+"""`dtrain train --nproc N`: starts N processes with torch's elastic launcher, and ends with the run's own exit code.
 
-torchrun itself turns every exit code into 1.
+The torchrun command would end with 1 after every failure.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from dtrain.world import place
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-CODE_FILE = "DTRAIN_EXIT_CODE_FILE"  # names the file where the process that prints an error leaves its exit code
+# The environment variable with the path of a file, into which the process that prints an error writes its exit code.
+CODE_FILE = "DTRAIN_EXIT_CODE_FILE"
 
 
 def without_nproc(arguments: Sequence[str]) -> list[str]:
-    """The command line of each process: the one given, without --nproc N."""
+    """The command line for each process: `arguments` without --nproc N."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
@@ -38,7 +39,7 @@ def without_nproc(arguments: Sequence[str]) -> list[str]:
 
 
 def _ended(error: ChildFailedError) -> str:
-    """The line about the process that ended first, for a run in which no process left a line of its own."""
+    """The error message for a run in which a process ended without an explanation; names the one that ended first."""
     rank, failure = error.get_first_failure()
     how, why = f"exit code {failure.exitcode}", "its own output stands above"
     if failure.exitcode < 0:
@@ -49,10 +50,11 @@ def _ended(error: ChildFailedError) -> str:
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Run `python -m dtrain ARGUMENTS` in `nproc` processes of this machine; returns the exit code of the run.
+    """Run `python -m dtrain ARGUMENTS` in `nproc` processes on this machine; returns the exit code of the run.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which then save and end together.
-    Raises UsageError under torchrun, and ProcessError if a process ended without leaving an error line.
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which then save the same step and end.
+    Raises UsageError if torchrun has started several processes already, and ProcessError if a process ended without
+    printing an error.
     """
     if (size := place().size) > 1:
         raise UsageError(f"--nproc {nproc}: torchrun has already started {size} processes; leave it out")
@@ -73,7 +75,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             max_restarts=0,
             signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
         )
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # dtrain sets its threads itself; without this torch warns
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # silences a warning of torch; dtrain sets its threads itself
         try:
             elastic_launch(config, sys.executable)("-m", "dtrain", *without_nproc(arguments))
         except (ChildFailedError, SignalException) as error:

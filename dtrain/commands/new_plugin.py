@@ -1,4 +1,4 @@
-"""`dtrain plugins new NAME`: makes a package by copying the zoo's template and filling in the name."""
+"""`dtrain plugins new NAME`: creates a plugin package from the template in dtrain_zoo."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TEMPLATE_NAME = "my_net"  # the template is a working package of this name
 
 
 def new_plugin(name: str, into: Path) -> Path:
-    """Make the package `name` in the folder `into`, whole or not at all, and return its path.
+    """Create the package `name` in the folder `into`, completely or not at all, and return its path.
 
-    Raises UsageError for a name that Python cannot import or that is taken, by a folder, by a package that can be
-    imported here or by an architecture that is installed; StorageError for a folder that cannot be written.
+    Raises UsageError if Python cannot import a package of that name, or if a folder in `into`, an installed package or
+    an installed architecture already has it; StorageError if the folder cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UsageError(f"plugins new {name}: give a name that Python can import, such as my_net")
@@ -42,12 +42,12 @@ def new_plugin(name: str, into: Path) -> Path:
                     target.write_text(text, encoding="utf-8")
             folder.rename(into / name)
     except OSError as error:
-        raise StorageError(f"cannot make {into / name}: {error.strerror}; see who may write there") from error
+        raise StorageError(f"cannot create {into / name}: {error.strerror}; give a folder that is writable") from error
     return into / name
 
 
 def next_steps(package: Path) -> str:
-    """What a person does next with a package that has just been made: the commands of plugins/README.md."""
+    """The text that is printed after a package has been created: the commands to install, test and train it."""
     name = package.name
     return "\n".join(
         [

@@ -1,7 +1,7 @@
-"""`dtrain prove`: shows on the user's own run that dtrain's promises hold.
+"""`dtrain prove`: checks on a run of the user's that it resumes exactly and does not depend on the number of processes.
 
-The runs are real ones of the command line, in processes of their own and in a temporary folder. They are stopped by
-signals, killed with -9, and compared by digests.
+It runs real `dtrain train` commands in their own processes and in a temporary folder, stops them by SIGTERM and
+SIGKILL, and compares digests of their checkpoints and rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dtrain.run.rundir import read_record, read_rows
 
 POLL_SECONDS = 0.02
 PARTS = ("network", "optimizer", "ema")
-LAST_STEPS = 3  # of a run; a signal sent during these may arrive after its last save, when nothing is left to stop
+LAST_STEPS = 3  # a run is not interrupted in its last steps, since the signal might arrive when it has ended
 PROVEN = {
     "resume": "proven: stopped and killed, the run ends with the same bits as the uninterrupted one",
     "ranks": "proven: samples, random draws, schedule and evaluation counts are the same for every number of "
@@ -39,7 +39,10 @@ PROVEN = {
 
 
 def _exact(flags: Sequence[str]) -> list[str]:
-    """`flags`, with --deterministic where the run may be on a GPU: without it, CUDA kernels are chosen by timing."""
+    """`flags`, with --deterministic added if the run may use a GPU and the flags do not say.
+
+    Without it, CUDA libraries choose kernels by timing them, so two equal runs may differ.
+    """
     import torch
 
     on_cpu = "--device=cpu" in flags or ("--device", "cpu") in zip(flags, flags[1:], strict=False)
@@ -62,7 +65,7 @@ def _run(flags: Sequence[str], output: Path) -> None:
 
 
 def _step_of(output: Path) -> int:
-    with contextlib.suppress(Exception):  # the file is being replaced, or is not there yet
+    with contextlib.suppress(Exception):  # the run directory may not be there yet
         record = read_record(output)
         return record.step if record is not None else 0
     return 0
@@ -74,7 +77,10 @@ def _finished(output: Path) -> bool:
 
 
 def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Signals) -> int:
-    """Start the run and send it `how` once it has itself saved a step at or past `step`; returns the exit code."""
+    """Start or continue the run, and send it the signal `how` when it has saved `step` or a later one.
+
+    It has to save at least once after this start. Returns the exit code.
+    """
     before = _step_of(output)
     process = subprocess.Popen(
         _command(flags, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -92,7 +98,7 @@ def _interrupt_at(flags: Sequence[str], output: Path, step: int, how: signal.Sig
 
 
 def _descendants(pid: int) -> list[int]:
-    """Every process that `pid` started, and those that these started: a launcher's workers are not in its session."""
+    """All processes that `pid` has started, directly or not: a launcher's workers run in sessions of their own."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -102,9 +108,10 @@ def _descendants(pid: int) -> list[int]:
 
 
 def digests(output: Path) -> dict[str, str]:
-    """What is the same for two equal runs: SHA-256 of each part of the last checkpoint and of the train and eval rows.
+    """The digests by which two runs are compared: the SHA-256 of each part of the last checkpoint, and of the rows.
 
-    Without the rows' `clock`, which holds times. Raises ProofError if `output` has no sound checkpoint.
+    The rows are those of training and evaluation, without their `clock`, which holds times. Also gives the last
+    checkpoint's step. Raises ProofError if `output` has no sound checkpoint.
     """
     saved = _load_last(output)
     parts = {name: checkpoint.digest(saved.parts[name]) for name in PARTS if name in saved.parts}
@@ -112,12 +119,12 @@ def digests(output: Path) -> dict[str, str]:
 
 
 def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
-    """Compare the run of `flags` without interruption to the same run interrupted `stops` times at random steps.
+    """Compare an uninterrupted run with the same run interrupted `stops` times, at random steps.
 
-    Every second interruption is SIGKILL, the others are SIGTERM; after each, the same command goes on. Returns the
-    interruptions and a row for each part that was compared. Raises ProofError that names the first tensor or row that
-    differs, or if the run ended before any interruption; UsageError if the run itself fails. On CUDA the runs are
-    made with --deterministic, unless the flags say otherwise.
+    flags: those of `dtrain train`. The interruptions are SIGTERM and SIGKILL in turn; after each, the same command is
+    run again. On CUDA, --deterministic is added unless the flags say otherwise.
+    Returns the interruptions and a row for each part that was compared. Raises ProofError, which names the first tensor
+    or row that differs, or if the run ended before any interruption; UsageError if the run itself fails.
     """
     if stops < 1:
         raise UsageError(f"--stops {stops}: give a number greater than 0")
@@ -132,7 +139,7 @@ def prove_resume(flags: Sequence[str], *, stops: int) -> dict[str, Any]:
         for number, step in enumerate(steps):
             how = signal.SIGKILL if number % 2 else signal.SIGTERM
             code = _interrupt_at(flags, broken, step, how)
-            if _finished(broken):  # before the signal arrived, which then says nothing about the run
+            if _finished(broken):  # the run ended before the signal arrived, so this was no interruption
                 break
             if code not in (ExitCode.STOPPED, -signal.SIGKILL):
                 raise ProofError(f"asked to stop by {how.name} at step {step}, the run ended with {code}")
@@ -164,12 +171,14 @@ def _first_difference(a: Path, b: Path) -> str:
 
 
 def prove_ranks(flags: Sequence[str], *, worlds: Sequence[int]) -> dict[str, Any]:
-    """Compare the run of `flags` on each of these numbers of processes.
+    """Compare the same run on different numbers of processes.
 
-    What must be the same for each, else ProofError: samples and random draws (the checksum of each step, summed over
-    its processes), the learning rates, and the evaluation counts of one and the same checkpoint. What is only told: the
-    first step whose loss differs from the first world's, and the largest difference of a final weight. On CUDA the
-    runs are made with --deterministic, unless the flags say otherwise.
+    flags: those of `dtrain train`. worlds: the numbers of processes. On CUDA, --deterministic is added unless the flags
+    say otherwise.
+    Raises ProofError unless these are equal for all: the samples and random draws (each step's checksum, summed over
+    the processes), the learning rates, and the evaluation counts for the first run's last checkpoint. The result also
+    reports, without a judgement, the first step whose loss differs from the first run's, and the largest difference of
+    a final weight.
     """
     flags = _exact(flags)
     with tempfile.TemporaryDirectory(prefix="dtrain-prove-") as folder:
@@ -226,9 +235,9 @@ def _distance(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> float:
 
 
 def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -> list[dict[str, Any]]:
-    """The eval rows that `world` processes write for the last checkpoint of `run`.
+    """The evaluation rows that `world` processes write for the last checkpoint of `run`.
 
-    A copy of the run is resumed whose checkpoint says that its evaluation is still due.
+    It copies the run into `output`, marks the evaluation in the copied checkpoint as still due, and resumes the copy.
     """
     saved = _load_last(run)
     shutil.copytree(run, output, ignore=shutil.ignore_patterns(checkpoint.FOLDER, "lock", "trackers"))
@@ -245,7 +254,7 @@ def _evaluate_again(flags: Sequence[str], run: Path, output: Path, world: int) -
 
 
 def report(result: dict[str, Any], *, as_json: bool) -> None:
-    """Print what a proof found: a table of digests (of each the first 16 digits), the interruptions, the conclusion."""
+    """Print the result of a proof: a table with the first 16 digits of each digest, interruptions, and a conclusion."""
     from dtrain.commands.show import print_table
 
     rows = [{k: v[:16] if isinstance(v, str) and len(v) == 64 else v for k, v in row.items()} for row in result["rows"]]

@@ -1,8 +1,8 @@
-"""`dtrain replay RUN --step K`: computes one step of a run again, to look at it alone.
+"""`dtrain replay RUN --step K`: computes one step of a run again, to find out what happened in it.
 
-K counts steps as the rows of metrics.jsonl and the console do. One process goes from the newest checkpoint before K to
-that step with the run's own samples, augmentation and dropout, and computes the share of each of the run's processes,
-one after the other. Nothing is written into the run directory.
+K counts steps from 1, as metrics.jsonl and the console do. A single process resumes from the newest checkpoint before K
+and computes the steps up to K, with the same samples, augmentation and dropout as the run. It computes the shares of
+the run's processes one after the other. Nothing is written into the run directory.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from dtrain.settings.config import TrainConfig
 from dtrain.world import World
 
 Pixels = npt.NDArray[np.uint8]
-SHOWN, PICTURES = 10, 256  # the most samples that are listed, and the most that are drawn
+SHOWN, PICTURES = 10, 256  # the most samples in a list, and the most in batch.png
 
 
 @dataclass(frozen=True)
 class Replayer:
-    """A run as it stood at `state`, and what computes its next steps in this process alone.
+    """A run at the step of `state`, and all that is needed to compute its next steps in this process alone.
 
-    plan: the run's, with its own number of processes. loader: of whole global batches, not of one process's share.
+    plan: the run's, with its number of processes. loader: gives whole global batches, not one process's share.
     """
 
     config: TrainConfig
@@ -58,10 +58,10 @@ class Replayer:
     options: StepOptions
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Before]:
-        """Compute the gradient of this step; returns the losses of the global batch, and copies of the old buffers.
+        """Compute the gradient of this step. Returns the loss of each image in the batch and a copy of the old buffers.
 
-        The shares are computed one after the other, each with its own process's random draws and from the same buffers.
-        Rank 0's share comes last, since in a run the buffers of rank 0 are the ones that are saved.
+        The shares are computed one after the other, each with the random numbers of its process and from the same
+        buffers. Rank 0's share is computed last, because a run keeps the buffers of rank 0.
         """
         learner, network, now = self.learner, self.learner.network, self.plan.at(self.state.step)
         learner.optimizer.zero_grad(set_to_none=True)
@@ -72,16 +72,16 @@ class Replayer:
         for rank in reversed(range(len(now.shares))):
             before.put_back(always)
             seed_step(self.config.run.seed, self.state.step, rank, network.device)
-            share = replace(now.shares[rank], mean_over=now.batch_size)  # a sum, no average
+            share = replace(now.shares[rank], mean_over=now.batch_size)  # gradients are summed here, not averaged
             at = share.positions
             part = Batch(batch.images[at], batch.labels[at], batch.indices[at], batch.checksum)
             losses.append(backward(network, learner.scaler, part, self.options, share)[1])
         return torch.cat(losses[::-1]), before
 
     def apply(self, buffers: Before) -> bool:
-        """Update the learner from the gradient that `gradient` left, as the run did; returns whether it was skipped.
+        """Update the network from the gradient that `gradient` computed; returns whether the update was skipped.
 
-        buffers: what `gradient` returned, to be put back if the update is skipped.
+        buffers: the copy that `gradient` returned, which is put back if the update is skipped.
         """
         learner = self.learner
         now = self.plan.at(self.state.step)
@@ -91,12 +91,12 @@ class Replayer:
 
 
 def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute step `step` of `run` again and write its pictures to the folder `out`.
+    """Compute step `step` of `run` again and write pictures of its images to the folder `out`.
 
     step: counted from 1. out: by default replay-RUN-STEP in the current folder. here: settings that replace the run's
     own, such as device and folders.
-    Returns what `print_replay` shows. Raises UsageError for a step that the run does not have or that no checkpoint
-    precedes, DataError if the data set has changed since. Takes the time of the steps since that checkpoint.
+    Returns what `print_replay` prints. Raises UsageError for a step that the run does not have or that no checkpoint
+    precedes, DataError if the data set has changed since the run. Computes every step since that checkpoint.
     """
     out = out or Path(f"replay-{run.resolve().name}-{step:08d}")
     if out.resolve().is_relative_to(run.resolve()):
@@ -138,7 +138,7 @@ def replay(run: Path, step: int, out: Path | None, here: Mapping[str, Any]) -> d
 
 
 def _processes_at(run: Path, step: int) -> int | None:
-    """On how many processes a step was made: what the last start before it said; None where no row is left."""
+    """The number of processes that computed a step, from the last start or resume before it; None if not recorded."""
     told = [row.processes for row in read_rows(run) if isinstance(row, EventRow) and row.step < step and row.processes]
     return told[-1] if told else None
 
@@ -158,7 +158,7 @@ def _newest_before(run: Path, step: int) -> checkpoint.Checkpoint:
 
 
 def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
-    """Compute the step that `batch` belongs to: its losses, its gradient, and which tensors are not finite."""
+    """Compute the step of `batch`, and return its losses, its gradient norm and the tensors that are not finite."""
     learner, module = replayer.learner, replayer.learner.network.module
     before = _not_finite(learner.network.tensors())
     losses_N, buffers = replayer.gradient(batch)
@@ -170,7 +170,8 @@ def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
     finite = [loss for loss in losses if math.isfinite(loss)]
     # losses that are not finite come first, then the largest
     order = sorted(range(len(losses)), key=lambda i: (math.isfinite(losses[i]), -losses[i], i))
-    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()  # if mixed, the larger part
+    # a mixed image goes by the class with the larger weight
+    labels = (batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)).tolist()
     names = replayer.dataset.train.class_names
     return {
         "loss": sum(finite) / max(1, len(finite)),
@@ -196,7 +197,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _write_pictures(out: Path, title: str, pictures: Pixels, rows: list[dict[str, Any]]) -> list[Path]:
-    """worst.png and batch.png: what the network saw, by loss, with class, loss and place in the training set."""
+    """Draw worst.png and batch.png: the images, the largest loss first, with class, loss and index in the data set."""
     tiles = [
         Tile(pictures[row["place"]], [row["class"], f"loss {row['loss']:.4g}"], f"sample {row['index']}")
         for row in rows
@@ -234,10 +235,10 @@ def print_replay(found: dict[str, Any]) -> None:
         print(f"  not finite     {what}: {listed or 'none'}")
     if found["not_finite_before"]:
         print(f"  the network was not finite before this step: look at --step {found['step'] - 1}")
-    print("worst samples, by their place in the training set")
+    print("the samples with the largest losses, by their index in the training set")
     for row in found["worst"]:
         print(f"  {row['index']:>8}  {row['class']}  loss {row['loss']:.6g}")
-    print(f"pictures of them, and of the batch, in {Path(found['pictures'][0]).parent}")
+    print(f"pictures of these samples and of the batch are in {Path(found['pictures'][0]).parent}")
 
 
 def _beside(nonfinite: int) -> str:

@@ -1,4 +1,4 @@
-"""Tables of what is installed, set or stored; as JSON on request."""
+"""Prints tables of plugins, settings, runs and the like, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtrain.settings.values import plain
 
 
 def plugin_rows(kind: Kind) -> list[dict[str, Any]]:
-    """A row for each plugin of a kind: its name and where it comes from. Imports none of them."""
+    """A row for each plugin of a kind, with its name and where it comes from. Imports none of them."""
     return [_row(plugin) for plugin in listed(kind)]
 
 
@@ -24,11 +24,12 @@ def recipe_rows() -> list[dict[str, Any]]:
 
 
 def _row(plugin: Plugin) -> dict[str, Any]:
-    return {name: value for name, value in asdict(plugin).items() if name != "member"}  # the name says it
+    # `member` is left out, because the name of a family, `family/*`, shows it
+    return {name: value for name, value in asdict(plugin).items() if name != "member"}
 
 
 def config_rows(config: TrainConfig) -> list[dict[str, Any]]:
-    """A row for each setting: value and origin."""
+    """A row for each setting, with its value and where the value comes from."""
     return [{"setting": name, "value": _shown(config.value(name)), "from": config.origin(name)} for name in SETTINGS]
 
 
@@ -40,7 +41,7 @@ def _shown(value: Any) -> Any:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Rows of equal keys, in columns."""
+    """Print rows, which all have the same keys, in columns with the keys as heading; or as a JSON list."""
     if as_json:
         print(json.dumps(list(rows), indent=1))
         return
@@ -52,7 +53,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, as_json: bool)
 
 
 def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """One fact a line."""
+    """Print one fact in each line; or all as a JSON object."""
     if as_json:
         print(json.dumps(facts, indent=1))
         return

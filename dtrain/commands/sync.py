@@ -1,4 +1,4 @@
-"""`dtrain sync RUN`: what a tracker missed, sent from metrics.jsonl."""
+"""`dtrain sync RUN`: sends a tracker the rows of metrics.jsonl that it has not received."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.run.tracking import sync
 
 
 def sync_run(run: Path, names: Sequence[str], *, as_json: bool) -> None:
-    """Sync and print a row for each tracker. Raises StorageError if one of them could not take all rows."""
+    """Send a run to trackers and print a row for each. Raises StorageError if a tracker did not take all rows."""
     results = sync(run, names)
     print_table("trackers", results, as_json=as_json)
     for result in results:

@@ -1,4 +1,4 @@
-"""The contenders' stopwatch: real seconds and processor seconds of the steps after a warm-up, workers included."""
+"""Measures real time and CPU time of a script's steps after a warm-up, with its loader processes included."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 def tree_cpu_seconds(root: int) -> float:
-    """Processor seconds so far of a process and all that descend from it, those that have ended included.
+    """CPU seconds used so far by a process and all its descendants, including those that have ended.
 
-    From /proc: of each living process its own time and that of the children it has waited for; a child that has ended
-    but was not waited for is still listed. So it never goes back, and workers need not end to be counted. What a
-    process gave away to init is lost. Resolution 10 ms; costs some milliseconds.
+    For each process that /proc lists, it adds the process's own time and that of the children it has waited for. A
+    child that has ended but was not waited for is still listed, so the sum never decreases, and running workers are
+    counted. Processes that were orphaned and adopted by init are missed. Resolution 10 ms; takes some milliseconds.
     """
     parents: dict[int, int] = {}
     seconds: dict[int, float] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = path.read_text(encoding="ascii", errors="replace")
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
-        fields = text.rpartition(")")[2].split()  # the name before may hold anything; the next field is the third
+        fields = text.rpartition(")")[2].split()  # from field 3 on; field 2, the name, may itself contain ")" or spaces
         parents[int(path.parent.name)] = int(fields[1])
         seconds[int(path.parent.name)] = sum(map(int, fields[11:15])) / TICKS_PER_SECOND  # utime, stime, cutime, cstime
     tree, frontier = set(), {root}
@@ -38,7 +38,7 @@ def tree_cpu_seconds(root: int) -> float:
 
 
 class Meter:
-    """Counts steps; reads the clocks after the warm-up and after the last step, and nothing between."""
+    """Counts steps, and reads the clocks only twice: after the warm-up and after the last step."""
 
     def __init__(self, warmup: int, steps: int, batch_size: int) -> None:
         self._warmup, self._steps, self._batch_size = warmup, steps, batch_size
@@ -47,7 +47,7 @@ class Meter:
         self._clocks: list[tuple[float, float]] = []
 
     def count(self, loss: Tensor) -> bool:
-        """One step is done, its loss kept unread; True when it was the last."""
+        """Count a step and keep its loss, without a read of the value. Returns True after the last step."""
         self._done += 1
         if self._done > self._warmup:
             self._losses.append(loss.detach())
@@ -56,7 +56,7 @@ class Meter:
         return self._done == self._warmup + self._steps
 
     def report(self) -> str:
-        """The rates over the timed steps and their mean loss, as a line of JSON."""
+        """The images per second and per CPU-second of the timed steps, and their mean loss, as a line of JSON."""
         (wall, cpu), (wall_after, cpu_after) = self._clocks
         images = self._steps * self._batch_size
         rates = {

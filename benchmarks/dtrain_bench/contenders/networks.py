@@ -1,4 +1,4 @@
-"""The networks of the comparison: the zoo's All-CNN-C, where the convolutions decide, and one where the loader does."""
+"""The networks of the comparison: All-CNN-C, limited by its convolutions, and a small one, limited by data loading."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def small(num_classes: int, *, in_channels: int = 3) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """The network of a task, for 10 classes of RGB images."""
+    """The network called `name`, "small" or "allcnn_c", for RGB images of 10 classes."""
     return small(10) if name == "small" else allcnn_c(10, norm="batch")

@@ -13,7 +13,7 @@ from dtrain_bench.contenders.task import BATCH_SIZE, LOG_EVERY, SGD, WORKERS, Im
 
 
 def train(task: Task, meter: Meter) -> None:
-    """Train until the meter has what it needs."""
+    """Train until the meter has counted enough steps."""
     torch.manual_seed(0)
     loader = DataLoader(
         Images(task),

@@ -1,4 +1,4 @@
-"""What all contenders are given: the same images, augmentation, network, optimizer settings and number of steps."""
+"""What all scripts have in common: images, augmentation, optimizer settings, and the task that they are given."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-BATCH_SIZE, SHIFT = 128, 4  # images; pixels each way
+BATCH_SIZE, SHIFT = 128, 4  # images; the largest shift in pixels, in each direction
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-WORKERS = 2  # one a core of the machine that the records come from; torch warns of more
+WORKERS = 2  # one for each core of the machine that the records come from; torch warns if there are more
 LOG_EVERY = 50  # steps; Lightning's own default
 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement. data: an .npz of `images` uint8 [N, 32, 32, 3], `labels` int64 [N], `mean`, `std` float [3].
+    """One measurement.
 
-    warmup, steps: steps before the clocks are read, and those that are timed. bf16: whether the tuned form computes in
-    bfloat16, which is slower than float32 on a processor that lacks it.
+    data: path of an .npz file with `images` uint8 [N, 32, 32, 3], `labels` int64 [N], `mean` and `std` float [3].
+    network: as `networks.build` takes it. tuned: the form, `tuned` or else `defaults`. bf16: whether to compute in
+    bfloat16. warmup: steps before the timed ones. steps: steps that are timed.
     """
 
     data: str
@@ -42,10 +43,10 @@ def task_from_command_line() -> Task:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """The training images, in memory as torchvision's CIFAR10 has them.
+    """The training images, held in memory as torchvision's CIFAR10 holds them, and augmented.
 
-    Handed out as PIL pictures, which is what CIFAR10 does; tuned: as uint8 tensors, which torchvision's documentation
-    recommends for speed and which take half the time.
+    The form `defaults` makes a PIL image of each, as CIFAR10 does. The form `tuned` uses uint8 tensors, which
+    torchvision's documentation recommends for speed and which take half the time.
     """
 
     def __init__(self, task: Task) -> None:

@@ -25,7 +25,7 @@ class Classifier(L.LightningModule):  # type: ignore[misc]  # untyped where Ligh
         self.network = build(task.network).to(memory_format=self.layout)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Compute and log the loss and the accuracy of a batch."""
         images, labels = batch
         logits = self.network(images.to(memory_format=self.layout))
         loss = F.cross_entropy(logits, labels)
@@ -34,23 +34,23 @@ class Classifier(L.LightningModule):  # type: ignore[misc]  # untyped where Ligh
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """SGD with the settings of the task."""
         return torch.optim.SGD(self.parameters(), **SGD, fused=self.fused)
 
 
 class Count(L.Callback):  # type: ignore[misc]  # as above
-    """Tells the meter of each step."""
+    """Has the meter count each step."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A step is done."""
+        """Count a step that is done."""
         self.meter.count(outputs["loss"])
 
 
 def train(task: Task, meter: Meter) -> None:
-    """Train until the meter has what it needs."""
+    """Train for the steps that the meter counts."""
     L.seed_everything(0)
     loader = DataLoader(
         Images(task),
