@@ -124,7 +124,8 @@ def _leave(code: int, told: bool) -> None:
         except OSError:  # Python would flush again at exit, fail and exit with 120, so the unwritten rest is discarded
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and told and (file := os.environ.get(CODE_FILE)):
-        Path(file).write_text(str(int(code)), encoding="ascii")
+        with contextlib.suppress(OSError):  # a full disk: the launcher then gives its own code
+            Path(file).write_text(str(int(code)), encoding="ascii")
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(code)
     sys.exit(code)

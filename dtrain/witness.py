@@ -51,8 +51,7 @@ class Witness:
             if self._store.check(["error"]):
                 break
             now = time.monotonic()
-            if now > deadline:
-                missing = [rank for rank in range(self.size) if not self._store.check([f"at {point}/{rank}"])]
+            if now > deadline and (missing := self._missing(point)):
                 raise self.told_by_another() or self._gone(missing, f"did not come within {seconds:g} s")
             if pause >= BEAT_SECONDS / 4:  # the wait is longer than usual: look for processes that died or hang
                 if (died := self._died()) is not None and not self._store.check(["error"]):
@@ -73,6 +72,10 @@ class Witness:
     def handed_over(self, name: str) -> str:
         """The text that the first process of this host has stored under `name`; "" if there is none."""
         return self._read(f"{name}/{self._neighbours.start}")
+
+    def _missing(self, point: str) -> list[int]:
+        """The ranks that have not reached the barrier `point`."""
+        return [rank for rank in range(self.size) if not self._store.check([f"at {point}/{rank}"])]
 
     def let_others_hear(self) -> None:
         """Record that this process knows the error. Process 0, which may serve the store, then waits for the others.

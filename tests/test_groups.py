@@ -165,6 +165,20 @@ def test_the_head_can_have_a_rate_of_its_own() -> None:
     assert given == rates(groups)
 
 
+def test_the_head_keeps_a_rate_of_its_own_that_happens_to_be_that_of_all() -> None:
+    module = small(5)
+    groups = grouped(module, lr=0.1, head=("9.weight", "9.bias"), head_lr=0.1)
+    choice = chosen_optimizer(Optimization(opt="muon", opt_opt={"aux_lr": "0.02"}, lr=0.1))
+    made = build_optimizer(choice, groups, module).param_groups
+    given = {name: group["initial_lr"] for group in made for name in group["param_names"]}
+    assert {name: given[name] for name in ("0.weight", "0.bias", "9.weight", "9.bias")} == {
+        "0.weight": 0.1,
+        "0.bias": 0.02,
+        "9.weight": 0.1,
+        "9.bias": 0.1,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

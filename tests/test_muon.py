@@ -193,7 +193,7 @@ def test_groups_keep_their_rates_and_decays() -> None:
         group(one(), "filter", lr=0.01, lr_scale=0.5, weight_decay=0.25),  # half of the rate of all
         group(one(), "head", lr=0.01, lr_scale=0.5, weight_decay=0.25),  # half of the others' rate
         group(one(), "head", lr=0.3, weight_decay=0.125),  # its own
-        group(one(3), "vector", lr=0.02, weight_decay=0.0, decays=False),
+        group(one(3), "vector", lr=0.02, lr_scale=1.0, weight_decay=0.0, decays=False),
     ]
     make = plugins.load(plugins.find("optimizer", "muon"))
     made = make(groups, lr=0.02, weight_decay=0.25, aux_lr=0.002, aux_weight_decay=0.75).param_groups

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import ExitCode, ProofError, UsageError
+from dtrain.errors import DtrainError, ExitCode, ProofError, UsageError
 from dtrain.files import canonical_json
 from dtrain.run import checkpoint
 from dtrain.run.rows import comparable
@@ -58,10 +58,11 @@ def _command(flags: Sequence[str], output: Path) -> list[str]:
 def _run(flags: Sequence[str], output: Path) -> None:
     done = subprocess.run(_command(flags, output), capture_output=True, text=True)
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[
-            -1:
-        ]
-        raise UsageError(f"the run to be proven ends with {done.returncode}: {' '.join(told)}")
+        lines = done.stderr.splitlines()
+        told = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+        codes = {int(code): code for code in ExitCode}
+        code = codes.get(done.returncode, ExitCode.PROCESS)
+        raise DtrainError(f"the run to be proven ends with {done.returncode}: {' '.join(told)}", code)
 
 
 def _step_of(output: Path) -> int:

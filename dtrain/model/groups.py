@@ -37,7 +37,8 @@ class Group:
 
     params: their names, in their order in the network. roles: the role of each; see `roles_of`. decays: whether weight
     decay applies to them. lr: their peak learning rate, already multiplied by lr_scale. lr_scale: the factor of
-    `--layer-decay` for them, in (0, 1]. frozen_until: the epoch (0-based) from which on they are trained.
+    `--layer-decay` for them, in (0, 1], or None where the rate is their own (`--head-lr`). frozen_until: the epoch
+    (0-based) from which on they are trained.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Group:
     roles: tuple[Role, ...]
     decays: bool
     lr: float
-    lr_scale: float
+    lr_scale: float | None
     frozen_until: float
 
 
@@ -224,13 +225,13 @@ def grouped(
     """
     roles, exempt, until = roles_of(module, head), _without_decay(module), until or {}
     depths = _depths(module, set(head)) if layer_decay is not None else {}
-    members: dict[tuple[bool, float, float, float], list[str]] = {}
+    members: dict[tuple[bool, float, float | None, float], list[str]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim >= 2 and roles[name] != "embedding" and name not in exempt
-        scale = (layer_decay or 1.0) ** depths.get(name, 0)
-        rate = head_lr if head_lr is not None and roles[name] == "head" else lr * scale
+        factor = (layer_decay or 1.0) ** depths.get(name, 0)
+        rate, scale = (head_lr, None) if head_lr is not None and roles[name] == "head" else (lr * factor, factor)
         members.setdefault((decays, rate, scale, until.get(name, 0.0)), []).append(name)
     groups = []
     for (decays, rate, scale, epoch), names in sorted(members.items(), key=lambda item: not item[0][0]):

@@ -117,8 +117,9 @@ def muon(
     """
     groups = []
     for group in param_groups:
-        rate, decay, scale = group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("lr_scale", 1.0)
-        aux_rate = (lr if aux_lr is None else aux_lr) * scale if rate == lr * scale else rate
+        rate, decay, scale = group.get("lr", lr), group.get("weight_decay", weight_decay), group.get("lr_scale")
+        own = scale is None and "lr" in group  # not derived from the rate of the run
+        aux_rate = rate if own else (lr if aux_lr is None else aux_lr) * (1.0 if scale is None else scale)
         aux_decay = aux_weight_decay if decay == weight_decay and group.get("decays", True) else decay
         groups.append({**_members(group, filters=True), "orthogonal": True, "lr": rate, "weight_decay": decay})
         groups.append(
