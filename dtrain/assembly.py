@@ -62,6 +62,10 @@ def parts_of(
     """All parts of process `world.rank`, with a network that was rehearsed and has its first weights. Collective."""
     for line in (*machine.why, *dataset.left_out, *plan.lines(rate_told(config))):
         console.line(line)
+    end = plan.epochs_done(plan.total_steps)
+    for pattern in config.optimization.freeze or ():
+        if (epoch := pattern.rpartition("@")[2]).isdecimal() and "@" in pattern and int(epoch) >= end:
+            console.line(f"not reached: --freeze {pattern} ends with epoch {epoch}, and the run has {end:.4g}")
     learner = learner_for(config, rehearsed_network(config, machine, dataset, plan, world, console))
     feed = feed_of(config, machine)
     loader = dataset.train_loader(plan, world.rank, config.augmentation, feed)

@@ -47,7 +47,12 @@ def factor(schedule: Schedule, seen: int, total: int, *, warmup: int, batch: int
     the first value of the schedule, and is above 0 in the first step if that value is. The schedule is stretched over
     the samples after the warm-up. Raises PluginError if the schedule's value is negative or not finite.
     """
-    value = schedule(max(0, seen - warmup), total - warmup)
+    try:
+        value = schedule(max(0, seen - warmup), total - warmup)
+    except Exception as error:
+        raise PluginError(
+            f"the schedule fails after {seen} of {total} samples: {type(error).__name__}: {error}"
+        ) from error
     if not is_factor(value):
         raise PluginError(f"the schedule gives {value!r} after {seen} of {total} samples; {GIVE}")
     value = float(value)  # a schedule may return a numpy scalar

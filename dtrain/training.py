@@ -26,8 +26,8 @@ from dtrain.model.step import seed_step, train_step
 from dtrain.run import checkpoint
 from dtrain.run.console import Console, shown
 from dtrain.run.recorder import Recorder, refuse_other_data, resolved_before
-from dtrain.run.rows import EvalClock, EvalRow, TrainClock, TrainRow
-from dtrain.run.state import Best, RunClock, Stopwatch, TrainState, read_state
+from dtrain.run.rows import Best, EvalClock, EvalRow, TrainClock, TrainRow
+from dtrain.run.state import RunClock, Stopwatch, TrainState, read_state
 from dtrain.settings import identity
 from dtrain.settings.config import TrainConfig
 from dtrain.world import Ask, Place, World, place, signals_as_before
@@ -160,6 +160,7 @@ class Training:
             self.save(essential=ask.stop or over)
         if ask.stop and (not over or state.eval_due):
             reason = self.clock.reason or self.world.stop_reason or "a signal to another process"
+            reason = "stop_after" if state.step == self.stop_after else reason
             again = "run the same command again"
             if self.config.run.resume != "auto":  # the same command would go back once more, or start another run
                 again = f"dtrain train --resume {shlex.quote(shown(self.recorder.path))}"

@@ -159,3 +159,15 @@ def hungry_for_many(num_classes: int) -> nn.Module:
 
 def fades(num_classes: int) -> nn.Module:
     return _Fades(num_classes)
+
+
+def needs_two_images(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Batch norm of one value for each channel and image."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(in_channels), nn.Linear(in_channels, num_classes)
+    )
+
+
+def lazy(num_classes: int) -> nn.Module:
+    """A layer that learns its size from the first images."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))

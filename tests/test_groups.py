@@ -285,3 +285,27 @@ def test_freezing_and_rates_of_layers_resume_to_the_bit(
     some = Runs(ranks, tmp_path, cache, "muon", False, more)
     straight = some.go(world, [("straight", None), *((f"at-{k}", k) for k in stops)])["straight"]
     assert some.go(world, [(f"at-{k}", None) for k in stops]) == {f"at-{k}": straight for k in stops}
+
+
+def leaves_out(param_groups, *, lr=0.1):  # type: ignore[no-untyped-def]  # as a stranger writes it
+    return torch.optim.SGD(param_groups[0]["params"], lr)
+
+
+def flattens(param_groups, *, lr=0.1):  # type: ignore[no-untyped-def]
+    return torch.optim.SGD([p for group in param_groups for p in group["params"]], lr)
+
+
+def test_an_optimizer_that_ignores_parameters_or_rates_is_refused() -> None:
+    module, here = small(5), f"{__file__}:"
+    choice = chosen_optimizer(Optimization(opt=f"{here}leaves_out"))
+    with pytest.raises(PluginError, match=r"leaves out the parameter 0.bias \(7 in all\), so it would never train"):
+        build_optimizer(choice, grouped(module, lr=0.1), module)
+    choice = chosen_optimizer(Optimization(opt=f"{here}flattens"))
+    build_optimizer(choice, grouped(module, lr=0.1), module)  # with one rate for all nothing is lost
+    with pytest.raises(PluginError, match="one rate to all parameters, so --layer-decay and --head-lr would have no"):
+        build_optimizer(choice, grouped(module, lr=0.1, layer_decay=0.5), module)
+
+
+def test_a_rate_of_the_head_needs_a_head() -> None:
+    with pytest.raises(UsageError, match="--head-lr: no head was found in this network"):
+        grouped(small(5), lr=0.1, head_lr=0.2)

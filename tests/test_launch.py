@@ -58,6 +58,7 @@ def test_one_node_trains_with_the_number_of_processes_asked_for(tmp_path: Path) 
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_nodes_meet_and_leave_one_run_directory(tmp_path: Path) -> None:
     shared = {"HEAD": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}

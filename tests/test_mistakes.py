@@ -469,6 +469,7 @@ def test_a_dataset_that_changed_is_not_evaluated(run: Run) -> None:
     assert "is not the data set that this run began with" in refused.err
 
 
+@pytest.mark.slow
 def test_what_is_shown_nowhere_ends_no_run_and_keeps_its_exit_code(run: Run) -> None:
     def code_of(*arguments: object) -> int:
         command = [sys.executable, "-m", "dtrain", *map(str, arguments)]

@@ -493,6 +493,7 @@ def test_a_package_offers_a_schedule_a_data_set_and_a_tracker(ranks: Warm, site:
     assert lines == [f"{row['kind']} {row['step']}" for row in rows if row["kind"] != "event"]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_in_an_empty_folder(tmp_path: Path) -> None:
     commands = "".join(re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL))
     assert commands.count("\n") == 5

@@ -67,6 +67,7 @@ def test_a_run_after_one_that_was_refused_sees_nothing_of_it(ranks: Warm, tmp_pa
     assert ranks.call("test_rendezvous:three_runs", 2, {"folder": tmp_path, "cache": tmp_path}) == [EXPECTED, EXPECTED]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_script_that_trains_several_times_under_torchrun_begins_each_run_anew(tmp_path: Path) -> None:
     script = tmp_path / "several.py"

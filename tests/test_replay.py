@@ -78,7 +78,7 @@ def test_a_step_of_one_process_is_computed_again_bit_for_bit_and_writes_nothing_
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("world", "batch"), [(2, 48), (3, 50)])
+@pytest.mark.parametrize(("world", "batch"), [pytest.param(2, 48, marks=pytest.mark.slow), (3, 50)])
 def test_a_step_of_several_processes_is_computed_again_by_one_up_to_rounding(
     ranks: Warm, tmp_path: Path, cache: Path, world: int, batch: int
 ) -> None:

@@ -101,7 +101,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def combinations() -> list[Any]:
     """Every optimizer on 1, 2 and 4 processes: alone all of them, together one each; the slow suite has the others."""
-    at_once = {(2, "sgd", True), (4, "muon", False)}
+    at_once = {(2, "sgd", True)}
     return [
         pytest.param(*of, world, marks=[] if world == 1 or (world, *of) in at_once else [pytest.mark.slow])
         for world in (1, 2, 4)

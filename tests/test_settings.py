@@ -165,7 +165,7 @@ def test_dtrain_train_resume_path_goes_on_without_other_flags(ranks: Warm, tmp_p
         ({**SMALL, "steps": float("inf")}, "--steps inf: give a whole number"),
         ({**SMALL, "epochs": True}, "--epochs True: give a number"),
         ({**SMALL, "epochs": 2, "steps": 3}, "--epochs and --steps: both say how long to train"),
-        ({**SMALL, "shift": -1}, "--shift -1: give a number 0 or greater"),
+        ({**SMALL, "shift": -1}, "--shift -1: give a number in [0, 4096]"),
         ({**SMALL, "momentum": 1}, "--momentum 1.0: give a fraction in [0, 1)"),
         ({**SMALL, "val_split": 0}, "--val-split 0.0: give a fraction in (0, 1)"),
         ({**SMALL, "stop_at_accuracy": 98}, "--stop-at-accuracy 98.0: give a fraction in (0, 1]"),

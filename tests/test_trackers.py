@@ -272,6 +272,7 @@ def test_refused_by_its_server_wandb_works_offline(
     assert len(list(folder.path.glob("trackers/wandb/offline-run-*/run-*.wandb"))) == 1
 
 
+@pytest.mark.slow
 def test_a_curve_goes_on_under_its_id_and_sync_fills_in_what_was_missed(
     folder: RunDir, patient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

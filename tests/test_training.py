@@ -477,3 +477,36 @@ def by_api(output: Path, cache: Path) -> dict[str, Any]:
         logits = network(torch.from_numpy(normal.astype(np.float32)).permute(0, 3, 1, 2))
     hits = int((logits.argmax(1).numpy() == data.evaluation.labels).sum())
     return {"status": summary.status, "hits": summary.evaluations["raw"].hits, "hits_by_hand": hits}
+
+
+def test_settings_that_are_refused_before_anything_was_saved_can_be_mended_in_the_same_directory(run: Run) -> None:
+    assert codes(run.go("--steps", 2, "--freeze", "nothing.*")) == [2]
+    assert codes(run.go("--steps", 2, "--freeze", "0.*")) == [0]
+
+
+def test_a_checkpoint_that_is_not_there_leaves_a_finished_run_finished(run: Run) -> None:
+    run.go("--steps", 2)
+    missing = run.path / "checkpoints" / "step-00000077"
+    (refused,) = run.go("--steps", 2, "--resume", missing)
+    assert refused.code == 2
+    assert "no such checkpoint" in refused.err.splitlines()[-1]
+    assert run.record["status"] == "finished"
+
+
+def test_a_freezing_that_outlasts_the_run_is_told(run: Run) -> None:
+    (result,) = run.go("--steps", 2, "--freeze", "0.*@7")
+    assert "not reached: --freeze 0.*@7 ends with epoch 7" in result.out
+
+
+def test_one_image_at_a_time_under_batch_norm_is_one_line(run: Run) -> None:
+    network = f"{HERE / 'faulty_networks.py'}:needs_two_images"
+    (result,) = run.go("--steps", 2, "--batch-size", 3, "--grad-accum-steps", 2, arch=network)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith("error: the network fails in training on 1 image at a time: Expected")
+    assert "fewer --grad-accum-steps" in result.err
+
+
+def test_a_lazy_layer_is_one_line(run: Run) -> None:
+    (result,) = run.go("--steps", 2, arch=f"{HERE / 'faulty_networks.py'}:lazy")
+    assert result.code == 2
+    assert "parameter 1.weight is lazy" in result.err.splitlines()[-1]

@@ -63,6 +63,7 @@ def prepared(late_seconds: float, missing: int = 0) -> str:
     return "met"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_conversion_may_take_longer_than_a_collective_on_one_host(ranks: Warm) -> None:
     assert ranks.call("test_witness:prepared", 2, {"late_seconds": LIMIT + 3}) == ["met", "met"]

@@ -280,12 +280,12 @@ class Wordy(torch.optim.SGD):
     ("broken", "error", "told"),
     [
         (lambda groups, lr: "sgd", PluginError, "returns a str, not a torch.optim.Optimizer"),
-        (lambda groups, lr: torch.optim.SGD(groups[:1], lr), AssertionError, "does not hold every parameter"),
+        (lambda groups, lr: torch.optim.SGD(groups[:1], lr), PluginError, "leaves out the parameter"),
         (OwnRate, AssertionError, "OwnRate changes weights at lr 0"),
         (
             lambda groups, lr: torch.optim.SGD([groups[0], {**groups[1], "lr": 0.0}], lr),
             AssertionError,
-            "not move bias",
+            "does not change biases",
         ),
         (Secret, AssertionError, "does not continue bit for bit from its saved state"),
         (Wordy, AssertionError, "keeps state that is neither a tensor nor a number"),

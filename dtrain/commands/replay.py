@@ -161,6 +161,7 @@ def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
     """Compute the step of `batch`, and return its losses, its gradient norm and the tensors that are not finite."""
     learner, module = replayer.learner, replayer.learner.network.module
     before = _not_finite(learner.network.tensors())
+    rate = assembly.choice_of(replayer.config).lr * replayer.plan.at(replayer.state.step).lr_factor  # as rows have it
     losses_N, buffers = replayer.gradient(batch)
     scale = learner.scaler.get_scale()
     gradients = {n: p.grad.detach() / scale for n, p in module.named_parameters() if p.grad is not None}
@@ -177,7 +178,7 @@ def _look_at(replayer: Replayer, batch: Batch) -> dict[str, Any]:
         "loss": sum(finite) / max(1, len(finite)),
         "nonfinite_losses": len(losses) - len(finite),
         "gradient_norm": norm,
-        "lr": learner.optimizer.param_groups[0]["lr"],
+        "lr": rate,
         "skipped": skipped,
         "not_finite_before": before,
         "not_finite_gradients": _not_finite(gradients),

@@ -224,6 +224,8 @@ def grouped(
     a module's `no_weight_decay()` names.
     """
     roles, exempt, until = roles_of(module, head), _without_decay(module), until or {}
+    if head_lr is not None and not head:
+        raise UsageError("--head-lr: no head was found in this network; give it head_names(), or leave the flag out")
     depths = _depths(module, set(head)) if layer_decay is not None else {}
     members: dict[tuple[bool, float, float | None, float], list[str]] = {}
     for name, parameter in module.named_parameters():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from dtrain import plugins
 from dtrain.errors import PluginError, UsageError
@@ -94,6 +95,12 @@ def build_module(
             f"architecture {arch} of {plugin.distribution} returned {type(module).__name__}, "
             f"not a torch.nn.Module; see {inspect.getsourcefile(function) or plugin.value}"
         )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise PluginError(
+                f"architecture {arch} of {plugin.distribution}: parameter {name} is lazy, and gets its size and values "
+                "only from the first images; give its layer its size, for which image_size is passed"
+            )
     return module
 
 

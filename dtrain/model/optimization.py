@@ -39,6 +39,11 @@ class Choice:
     lr: float
 
     @property
+    def said(self) -> str:
+        """Its name and distribution, for errors."""
+        return f"optimizer {self.name} of {self.distribution}"
+
+    @property
     def weight_decay(self) -> float | None:
         """The weight decay, from the options or the function's default; None if the function has no such parameter."""
         decay: float | None = self.options.get("weight_decay", plugins.default_of(self.function, "weight_decay"))
@@ -95,16 +100,32 @@ def build_optimizer(choice: Choice, groups: Sequence[Group], module: nn.Module) 
             given[-1]["weight_decay"] = decay if group.decays else 0.0
     try:
         optimizer = choice.function(given, lr=choice.lr, **choice.options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PluginError(f"optimizer {choice.name} of {choice.distribution} could not be built: {error}") from error
+    except Exception as error:
+        raise PluginError(f"{choice.said} could not be built: {type(error).__name__}: {error}") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise PluginError(
-            f"optimizer {choice.name} of {choice.distribution} returns a {type(optimizer).__name__}, "
-            "not a torch.optim.Optimizer"
-        )
+        raise PluginError(f"{choice.said} returns a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    _refuse_what_was_ignored(choice, optimizer, groups, parameters)
     for made in optimizer.param_groups:
         made["initial_lr"] = made["lr"]
     return optimizer
+
+
+def _refuse_what_was_ignored(
+    choice: Choice, optimizer: torch.optim.Optimizer, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise PluginError if the optimizer lacks a parameter that it was given, or gives one rate to all groups."""
+    rates = {id(p): made["lr"] for made in optimizer.param_groups for p in made["params"]}
+    names = [name for group in groups for name in group.params]
+    if lacking := [name for name in names if id(parameters[name]) not in rates]:
+        raise PluginError(
+            f"{choice.said} leaves out the parameter {lacking[0]} ({len(lacking)} in all), so it would never train; it "
+            "has to take all of its groups"
+        )
+    if len({group.lr for group in groups}) > 1 and len(set(rates.values())) == 1:
+        raise PluginError(
+            f"{choice.said} gives one rate to all parameters, so --layer-decay and --head-lr would have no effect; "
+            "leave them out, or choose an optimizer that keeps its groups"
+        )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -172,9 +172,18 @@ def rehearse(network: Network, images_NCHW: Tensor, arch: str, num_classes: int,
 
 
 def _without_gradient(network: Network, module: nn.Module, images_NCHW: Tensor, labels_N: Tensor) -> list[str]:
-    with network.autocast():
-        output = module(images_NCHW)
-    losses_N, _ = loss_of(output, labels_N, 0.0)
+    try:
+        with network.autocast():
+            output = module(images_NCHW)
+        losses_N, _ = loss_of(output, labels_N, 0.0)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # batch norm's words
+            raise
+        count = len(images_NCHW)
+        raise PluginError(
+            f"the network fails in training on {count} image{'s' * (count > 1)} at a time: {error}; give a larger "
+            "--batch-size, fewer processes or fewer --grad-accum-steps"
+        ) from error
     torch.autograd.backward(losses_N.mean())
     return [n for n, p in network.module.named_parameters() if p.requires_grad and p.grad is None]
 

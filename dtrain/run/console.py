@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtrain.run.rows import EvalRow, TrainRow
-from dtrain.run.state import Best
+from dtrain.run.rows import Best, EvalRow, TrainRow
 
 T = TypeVar("T")
 CELL = 30  # the most characters of a cell in `three_ways`, so that three cells and a name fit on a line

@@ -184,7 +184,7 @@ def open_recorder(
     folder = open_run(path, fresh=resume == "none")
     try:
         before = read_record(folder.path)
-        if before is not None:
+        if before is not None and before.last_checkpoint is not None:  # else nothing of it was ever saved
             refuse(folder.path)
         folder.write_config(settings)
         found = [plugins.find(kind, name) for kind, name in chosen]

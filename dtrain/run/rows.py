@@ -87,6 +87,17 @@ class EvalRow(_Row):
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: its step, split and kind of weights ("raw" or "ema"), and its counts."""
+
+    step: int
+    split: str
+    weights: str
+    hits: int
+    images: int
+
+
+@dataclass(frozen=True)
 class EventClock:
     """When an event happened."""
 

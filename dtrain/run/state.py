@@ -10,20 +10,10 @@ from typing import Any
 
 from dtrain.files import refuse_unknown_keys
 from dtrain.run.checkpoint import STATE
+from dtrain.run.rows import Best
 from dtrain.world import Ask
 
 KINDS = ("train", "eval", "save", "wait", "start-up")  # of time; "wait" is waiting for data and a part of "train"
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far: its step, split and kind of weights ("raw" or "ema"), and its counts."""
-
-    step: int
-    split: str
-    weights: str
-    hits: int
-    images: int
 
 
 @dataclass

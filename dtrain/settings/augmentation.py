@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dtrain.settings.values import Panel, Unfit, at_least, numbers, setting, within
+from dtrain.settings.values import Panel, Unfit, numbers, setting, within
 
 
 def _areas(values: tuple[float, ...]) -> None:
@@ -29,12 +29,12 @@ class Augmentation(Panel):
     shift: int = setting(
         0,
         "random shift by up to this many pixels in each direction; what lies outside of the stored image is black",
-        at_least(0),
+        within("[0, 4096]"),
     )
     cutout: int = setting(
         0,
         "cutout: side in pixels of a square at a random place that is set to the mean colour; 0 for none",
-        at_least(0),
+        within("[0, 4096]"),
     )
     scale: tuple[float, ...] | None = setting(
         None,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, nearest
 from dtrain.files import canonical_json
 from dtrain.settings.config import SETTINGS, TrainConfig
 from dtrain.settings.layers import CHECKPOINTS, RUN_CONFIG, dataset_name
@@ -74,6 +74,9 @@ def check_resume(config: TrainConfig) -> None:
             f"--resume {asked} --output {output}: a run goes on in its own directory; leave --output out, or "
             "begin a new run there without --resume"
         )
+    if asked.parent.name == CHECKPOINTS and not asked.is_dir():
+        there = sorted(folder.name for folder in asked.parent.glob("step-*")) if asked.parent.is_dir() else []
+        raise UsageError(f"--resume {asked}: no such checkpoint; {nearest(asked.name, there)}")
     if asked.parent.name == CHECKPOINTS and (name := asked.name.partition(".")[0]) != asked.name:
         taken = f"move {name} away, then " if (asked.parent / name).exists() else ""
         raise UsageError(

@@ -30,7 +30,7 @@ def combined(settings: Settings, file: Path | None, flags: Mapping[str, Any]) ->
     given = checked(settings, {name: value for name, value in flags.items() if value is not None})
     if file is None and "arch" not in given:
         file = _config_of_run(given.get("resume", "auto"))
-    from_file = checked(settings, read_config(file)) if file is not None else {}
+    from_file = _from_file(settings, Path(file)) if file is not None else {}
     if {"epochs", "steps"} <= given.keys():
         raise UsageError("--epochs and --steps: both say how long to train; give one of them")
     asked = {**from_file, **given}
@@ -51,6 +51,14 @@ def combined(settings: Settings, file: Path | None, flags: Mapping[str, Any]) ->
             values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
             origins[name] = origin
     return values, origins
+
+
+def _from_file(settings: Settings, file: Path) -> dict[str, Any]:
+    table = read_config(file)
+    try:
+        return checked(settings, table)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
 
 
 def _left_behind(settings: Settings, values: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:

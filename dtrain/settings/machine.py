@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dtrain.settings.values import Panel, above, at_least, setting
+from dtrain.settings.values import Panel, above, setting, within
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Machine(Panel):
     threads: int = setting(
         0,
         "CPU threads of each process; 0 divides the cores among the processes of this machine",
-        at_least(0),
+        within("[0, 65536]"),
         place=True,
     )
     dist_timeout: float = setting(

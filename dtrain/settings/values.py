@@ -109,11 +109,20 @@ def _text(given: Any) -> str:
     return str(given)
 
 
+def _path(given: Any) -> str:
+    text = _text(given)
+    if "\0" in text:
+        raise Unfit("give a path, which holds no zero byte")
+    return text
+
+
 def _options(given: Any) -> dict[str, str]:
     """Options as text by key: from the command line's ["key=value", ...], or from a table of TOML."""
     if isinstance(given, Mapping):
         return {str(key): _option_text(value) for key, value in given.items()}
     pairs = {}
+    if not isinstance(given, str | list | tuple):
+        raise Unfit("give key=value, or a table")
     for item in [given] if isinstance(given, str) else given:
         key, equals, text = str(item).partition("=")
         if not equals or not key:
@@ -135,7 +144,7 @@ _PLAIN: dict[Any, Callable[[Any], Any]] = {
     int: functools.partial(_number, int),
     float: functools.partial(_number, float),
     str: _text,
-    Path: lambda given: Path(_text(given)).expanduser(),
+    Path: lambda given: Path(_path(given)).expanduser(),
 }
 
 
@@ -239,7 +248,9 @@ class Setting:
 
 def _shown(given: Any, value: Any) -> str:
     value = given if isinstance(given, str) else value
-    return ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple) and all(isinstance(part, int | float) for part in value):
+        return ",".join(f"{number:g}" for number in value)
+    return str(value)
 
 
 class Panel:
