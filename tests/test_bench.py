@@ -38,6 +38,7 @@ def test_ratios_are_of_pairs_and_the_order_of_a_pair_alternates() -> None:
     assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs", "theirs", "ours", "ours", "theirs"]
 
 
+@pytest.mark.slow
 def test_bench_loaders_measures_every_reader_and_names_the_machine(ranks: Warm) -> None:
     result = ranks(["bench", "loaders", "--quick", "--json"], world=1)[0]
     assert result.code == 0, result.err

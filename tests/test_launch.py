@@ -112,7 +112,7 @@ LONG_RUN = [*SHORT_RUN[:4], "--loader", "memory", "--epochs", "1000", "--log-int
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),  # the same path with another signal
     ],
 )

@@ -86,6 +86,7 @@ def test_every_file_that_the_readme_links_to_is_there() -> None:
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_its_training_commands_run(ranks: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand but for their length: on digits, three small steps."""

@@ -130,7 +130,7 @@ STAGED = {
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("what", STAGED)
+@pytest.mark.parametrize("what", [pytest.param("batch", marks=pytest.mark.slow), "image"])  # the latter changes both
 @pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sizes_that_change_at_epochs_change_again_after_a_stop_before_at_or_after_the_change(
     ranks: Warm, tmp_path: Path, cache: Path, what: str, world: int
