@@ -44,6 +44,13 @@ def test_stopped_and_killed_at_random_steps_a_run_ends_with_the_bits_of_the_unbr
 
 
 @pytest.mark.slow
+def test_a_network_with_a_frozen_batch_norm_is_proven_to_resume_over_evaluations() -> None:
+    done = prove("resume", "small_network.py:frozen_norm", 40, "--stops", "3")  # evaluates after every third step
+    assert done.returncode == 0, done.stderr
+    assert "proven: " in done.stdout
+
+
+@pytest.mark.slow
 def test_a_network_that_draws_what_no_seed_decides_is_found_out_with_7() -> None:
     done = prove("resume", "faulty_networks.py:forgets", 100, "--stops", "3")
     assert done.returncode == 7
