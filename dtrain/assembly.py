@@ -1,6 +1,6 @@
-"""From a config to what a run is made of: machine, data set, plan, network, learner; the one place that joins them.
+"""Builds the parts of a run from its config: machine, data set, plan, network and learner.
 
-Training, evaluation, replay, dry runs and `load_network` all call these functions, so that they see the same.
+Training, evaluation, replay, dry runs and `load_network` all call these functions, so that they build the same parts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dtrain.world import Place, World
 
 @dataclass(frozen=True)
 class Parts:
-    """What one process of a run is made of. Close it after use: its loaders have threads."""
+    """The parts of a run in one process. Close this after use, because its loaders have threads."""
 
     config: TrainConfig
     machine: Runtime
@@ -59,7 +59,7 @@ class Parts:
 def parts_of(
     config: TrainConfig, machine: Runtime, dataset: DataSet, plan: Plan, world: World, console: Console
 ) -> Parts:
-    """All parts of process `world.rank`, with a network that was rehearsed and has its first weights. Collective."""
+    """All parts of process `world.rank`. The network has its initial weights and has passed trial steps. Collective."""
     for line in (*machine.why, *dataset.left_out, *plan.lines(rate_told(config))):
         console.line(line)
     end = plan.epochs_done(plan.total_steps)
@@ -79,7 +79,7 @@ def parts_of(
 
 
 def check(config: TrainConfig, world_size: int) -> None:
-    """Raise what can be known to be wrong before a data set is downloaded or converted."""
+    """Raise every error that can be detected before a data set is downloaded or converted."""
     identity.check_resume(config)
     check_batch(config.optimization, mixing=mixing(config), world_size=world_size)
     chosen_architecture(config.network.arch, config.network.arch_opt)
@@ -94,7 +94,7 @@ def choice_of(config: TrainConfig) -> Choice:
 
 
 def rate_told(config: TrainConfig) -> str:
-    """The peak learning rate and why it is that, for people."""
+    """The peak learning rate and where it comes from, as text for the user."""
     rate, origin = choice_of(config).lr, config.origin("lr")
     why = {"default": f"the default of {config.optimization.opt}", "flag": "as asked", "run": "as this run began"}
     return f"{rate:g} ({why.get(origin, f'from {origin}')})"
@@ -106,7 +106,7 @@ def mixing(config: TrainConfig) -> tuple[str, ...]:
 
 
 def machine_of(config: TrainConfig, at: Place, kept: Mapping[str, Any] | None = None) -> Runtime:
-    """What this process computes with; see `runtime.decide`. Nothing is set by it."""
+    """The runtime of this process, from `runtime.decide`. It is not applied."""
     return runtime.decide(config.machine, local_rank=at.local_rank, local_world=at.local_size, kept=kept)
 
 
@@ -114,13 +114,13 @@ def machine_of(config: TrainConfig, at: Place, kept: Mapping[str, Any] | None = 
 
 
 def dataset_of(config: TrainConfig, console: Console, found: Path | None = None) -> DataSet:
-    """The data set of `config`, converted first where that is due. found: see `prepare`, whose errors are raised."""
+    """The data set of `config`, converted first if needed. found: see `prepare`, whose errors are raised here."""
     seed, arch = config.run.seed, config.network.arch
     return console.converting(load_dataset(config.data, arch=arch, seed=seed, found=found))
 
 
 def dataset_of_all(config: TrainConfig, world: World, console: Console) -> DataSet:
-    """The same for all processes of a run: the first of each host finds, converts and verifies it. Collective.
+    """`dataset_of` for all processes: the first process of each host finds, converts and verifies it. Collective.
 
     Raises ProcessError on every process unless all have the same data set.
     """
@@ -128,7 +128,7 @@ def dataset_of_all(config: TrainConfig, world: World, console: Console) -> DataS
     asked = repr((data.dataset, data.dataset_opt, data.data_dir, data.cache_dir, data.conversion()))
 
     def load(told: str) -> DataSet:
-        of, _, folder = told.rpartition("\n")  # a process that was given other settings looks for itself
+        of, _, folder = told.rpartition("\n")  # a process with other settings searches itself
         return dataset_of(config, console, Path(folder) if of == asked else None)
 
     dataset = world.first_of_host(load, lambda found: f"{asked}\n{found.folder}", "prepared", CONVERSION_SECONDS)
@@ -139,8 +139,8 @@ def dataset_of_all(config: TrainConfig, world: World, console: Console) -> DataS
 def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size: int) -> Plan:
     """The plan of a run of `config` on `train_size` images with `world_size` processes.
 
-    image_size: the side in pixels of the data set's images, which counts if `config` asks for no other. Raises what
-    `make_plan` raises.
+    image_size: the side in pixels of the data set's images, used if `config` sets no other size. Raises the errors of
+    `make_plan`.
     """
     return make_plan(
         config.optimization,
@@ -159,7 +159,7 @@ def plan_of(config: TrainConfig, *, train_size: int, image_size: int, world_size
 
 
 def feed_of(config: TrainConfig, machine: Runtime) -> Feed:
-    """In which form batches reach the network of `config` on `machine`."""
+    """The form in which batches reach the network of `config` on `machine`."""
     return Feed(
         dtype=machine.dtype(),
         device=machine.torch_device(),
@@ -181,9 +181,9 @@ def chunks_of(config: TrainConfig, dataset: DataSet, plan: Plan, at: Place | Wor
 
 
 def module_of(config: TrainConfig, facts: Mapping[str, Any], image_size: int | None = None) -> nn.Module:
-    """The module of `config` with the weights of its seed, on the CPU. facts: of the data set, as in a checkpoint.
+    """The module of `config` with the weights of its seed, on the CPU. facts: the data set's, as in a checkpoint.
 
-    image_size: side in pixels that the module is built for, where it is not that of the data set.
+    image_size: the image side in pixels that the module is built for, if it differs from that of the data set.
     """
     return build_module(
         config.network.arch,
@@ -196,7 +196,7 @@ def module_of(config: TrainConfig, facts: Mapping[str, Any], image_size: int | N
 
 
 def noise_of(config: TrainConfig, channels: int, count: int, side: int) -> Tensor:
-    """Keyed images, float32 [count, channels, side, side], in the memory layout that the network will see."""
+    """Random images that depend on the seed, float32 [count, channels, side, side], in the network's memory layout."""
     shape, memory_format = (count, channels, side, side), layout(config.machine.channels_last)
     return rehearsal.noise(config.run.seed, shape, torch.float32, memory_format)
 
@@ -204,16 +204,16 @@ def noise_of(config: TrainConfig, channels: int, count: int, side: int) -> Tenso
 def built_network(
     config: TrainConfig, dataset: DataSet, plan: Plan, world: World, console: Console
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The module, tried on images of every stage and with frozen parts frozen, and the parameters of its head.
+    """The module, tested on images of every stage and with its frozen parts frozen, and the parameters of its head.
 
-    Raises PluginError for what is wrong with it, and UsageError for `--freeze`. Collective.
+    Raises PluginError for a faulty module, and UsageError for an invalid `--freeze`. Collective.
     """
     arch, facts, channels = config.network.arch, dataset.facts, dataset.channels
     with rehearsal.smallest_size_told(lambda side: module_of(config, facts, side), channels, plan.image_sizes[0]):
         module = module_of(config, facts)
         if (warning := mode_told(module, arch)) is not None:
             console.warn(warning)
-        # before DDP, which would hide a difference by sending rank 0's
+        # compare before DDP, which would hide a difference by broadcasting the weights of rank 0
         world.same(rehearsal.digest_of(module.state_dict()), f"the initial network of architecture {arch}")
         for side in plan.image_sizes:
             images = noise_of(config, channels, 2, side)
@@ -248,7 +248,7 @@ def wrapped_network(
 def rehearsed_network(
     config: TrainConfig, machine: Runtime, dataset: DataSet, plan: Plan, world: World, console: Console
 ) -> Network:
-    """The network, after steps at the sizes of every stage: what is wrong with it is told now. Collective."""
+    """The network, after trial steps at the sizes of every stage, which find errors before training. Collective."""
     module, head = built_network(config, dataset, plan, world, console)
     channels, last = dataset.channels, plan.image_sizes[-1]
     moving = world.size > 1 and rehearsal.buffers_move_output(
@@ -257,8 +257,9 @@ def rehearsed_network(
     if moving:
         console.line("the training output depends on buffers: rank 0's are sent to the others at every step")
     network = wrapped_network(config, machine, module, head=head, world_size=world.size, moving_buffers=moving)
-    # Every process rehearses the same shapes, also those of other processes, since the passes are collective. A
-    # compiled network is compiled anew for each shape; else two images show what many would, and one what one would
+    # The passes are collective, so every process runs the same shapes, including those that only others will train on.
+    # A compiled network is compiled again for each shape, so it needs the real batch sizes. Otherwise two images find
+    # the same errors as a larger batch; a batch of one image is tested as such, because it can fail on its own
     shapes = plan.shapes if config.machine.compile else {(min(count, 2), side) for count, side in plan.shapes}
     for count, side in sorted(shapes):
         images = noise_of(config, channels, count, side).to(network.device, machine.dtype())
@@ -267,7 +268,7 @@ def rehearsed_network(
 
 
 def groups_for(config: TrainConfig, module: nn.Module, head: tuple[str, ...]) -> list[groups.Group]:
-    """The parameter groups that `config` asks for. head: names of the parameters that give the logits."""
+    """The parameter groups that `config` asks for. head: names of the parameters of the layer that gives the logits."""
     asked = config.optimization
     return groups.grouped(
         module,
@@ -280,7 +281,7 @@ def groups_for(config: TrainConfig, module: nn.Module, head: tuple[str, ...]) ->
 
 
 def learner_for(config: TrainConfig, network: Network) -> Learner:
-    """The network with the optimizer, scaler and EMA that `config` asks for. Raises what `build_optimizer` raises."""
+    """The network with the optimizer, scaler and EMA that `config` asks for. Raises the errors of `build_optimizer`."""
     module, asked = network.module, config.optimization
     optimizer = build_optimizer(choice_of(config), groups_for(config, module, network.head), module)
     return learner_of(network, optimizer, ema=asked.ema, until=groups.frozen_until(asked.freeze or (), module))
@@ -298,7 +299,7 @@ def options_of(config: TrainConfig) -> StepOptions:
 def recorder_of(config: TrainConfig, *, main: bool, command: Sequence[str], resolved: Mapping[str, Any]) -> Recorder:
     """The recorder of a run: on the main process it owns the run directory, elsewhere it does nothing.
 
-    command: the command line. resolved: what `auto` became. Raises what `open_recorder` raises.
+    command: the command line. resolved: the values that `auto` resolved to. Raises the errors of `open_recorder`.
     """
     path = identity.run_path(config)
     if not main:
@@ -320,7 +321,7 @@ def recorder_of(config: TrainConfig, *, main: bool, command: Sequence[str], reso
 
 
 def refuse_other_settings(path: Path, config: TrainConfig) -> None:
-    """Raise UsageError, with a table, if the run at `path` has other settings that shape its numbers than `config`."""
+    """Raise UsageError, with a table, if the run at `path` differs from `config` in a setting that affects results."""
     try:
         before = TrainConfig.stored(read_config(path / RUN_CONFIG))
     except UsageError as error:
@@ -343,10 +344,10 @@ def _told(value: Any) -> Any:
 def seen_again(
     saved_about: Mapping[str, Any], here: Mapping[str, Any], kept: Mapping[str, Any]
 ) -> tuple[TrainConfig, Runtime, DataSet]:
-    """Config, machine and data set of a checkpoint, to look at it in this process alone, and its machine applied.
+    """The config, machine and data set of a checkpoint, for use in this process alone. The machine is applied.
 
-    saved_about: the checkpoint's `about`. here: settings in place of the run's own, such as device and folders. kept:
-    what `auto` became when the run began. Raises DataError where the data set is no longer that of the run.
+    saved_about: the checkpoint's `about`. here: settings that replace the run's own, such as device and folders. kept:
+    the values that `auto` resolved to when the run began. Raises DataError if the data set has changed since.
     """
     config = TrainConfig.elsewhere(saved_about["config"], here)
     machine = machine_of(config, Place(), kept)
@@ -357,7 +358,7 @@ def seen_again(
 
 
 def agreed_machine(config: TrainConfig, at: Place, world: World, kept: Mapping[str, Any]) -> Runtime:
-    """What this process computes with, in the precision of process 0, and set. Collective."""
+    """The runtime of this process, with the precision of process 0. It is applied. Collective."""
     machine = machine_of(config, at, kept)
     machine = replace(machine, amp_dtype=world.from_main(lambda: machine.amp_dtype))
     runtime.apply(machine)
@@ -367,7 +368,7 @@ def agreed_machine(config: TrainConfig, at: Place, world: World, kept: Mapping[s
 def load_network(run: Path | str, step: int | None = None) -> nn.Module:
     """The network of a run's checkpoint (its last, or the one of `step`), in evaluation mode, on the CPU.
 
-    Raises StorageError where there is none that is sound.
+    Raises StorageError if there is no undamaged checkpoint.
     """
     checkpoints = Path(run) / checkpoint.FOLDER
     if step is None:

@@ -1,4 +1,4 @@
-"""What this process is computed with: allocator, threads, precision, device. Decided once, printed once.
+"""The runtime settings of this process: allocator, threads, precision, device. They are decided and printed once.
 
 Importing this file imports nothing heavy, so that `tune_allocator` can run before the first tensor exists.
 """
@@ -20,17 +20,18 @@ from dtrain.settings.machine import Machine
 if TYPE_CHECKING:
     import torch
 
-# what torch, CUDA, cuDNN and cuBLAS say when memory is refused, in lower case
+# parts of the out-of-memory messages of torch, CUDA, cuDNN and cuBLAS, in lower case
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "status_alloc_failed", "not enough memory")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
 def tune_allocator() -> bool:
-    """Keep freed memory for the next step instead of giving it to the kernel; True if it was done.
+    """Keep freed memory for the next step instead of returning it to the kernel. True if the settings were made.
 
     By default glibc maps every block over 32 MiB afresh and trims its heap, so a step at batch 250 takes 90,000 page
-    faults; with these three settings none, 8 to 15 % more images a second, 3 to 6 % more memory. Call it before the
-    first tensor. Does nothing off glibc or under a preloaded allocator; DTRAIN_MALLOC=default switches it off.
+    faults. With these three settings it takes none, processes 8 to 15 % more images a second, and uses 3 to 6 % more
+    memory. Call this before the first tensor is created. It does nothing without glibc or with a preloaded allocator,
+    and DTRAIN_MALLOC=default switches it off.
     """
     if os.environ.get("DTRAIN_MALLOC") == "default" or "malloc" in os.environ.get("LD_PRELOAD", ""):
         return False
@@ -43,7 +44,7 @@ def tune_allocator() -> bool:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What `auto` became. Kept in run.json; a resume keeps it where it can."""
+    """The values that `auto` resolved to. They are stored in run.json, and a resume reuses them where it can."""
 
     device: str  # "cpu" or "cuda:<index>"
     backend: str  # "gloo" or "nccl"
@@ -73,9 +74,9 @@ def decide(
 ) -> Runtime:
     """Resolve every `auto` for this process; imports torch, changes nothing.
 
-    local_rank, local_world: this process among those of its host. kept: what a resumed run resolved (`threads`,
-    `amp_dtype`), used instead of `auto` where this machine can, so that a resume has the same bits. Raises UsageError
-    for a device or precision that is not here.
+    local_rank, local_world: this process among those of its host. kept: the values of a resumed run (`threads`,
+    `amp_dtype`), used instead of `auto` where this machine can, so that a resume is bitwise identical. Raises
+    UsageError for a device or backend that cannot be used here.
     """
     import torch
 
@@ -135,7 +136,7 @@ def _threads(settings: Machine, local_world: int, kept: object) -> tuple[int, st
 
 
 def _kernels(tf32: bool, autotune: bool) -> str:
-    """What is said of CUDA's kernels: how float32 products are computed, and whether a resume has the same bits."""
+    """The message about CUDA kernels: how float32 products are computed, and whether a resume is bitwise identical."""
     products = "float32 products may use TF32" if tf32 else "float32 products without TF32"
     if autotune:
         return f"{products}; cuDNN chooses its kernels by timing them, so that only --deterministic resumes bit for bit"
@@ -143,7 +144,7 @@ def _kernels(tf32: bool, autotune: bool) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is a refusal of memory: Python's, torch's on a CPU, or CUDA's."""
+    """Whether an error or one of its causes is an out-of-memory error of Python, of torch on a CPU, or of CUDA."""
     while error is not None:
         text = str(error).lower()
         refused = isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
@@ -155,19 +156,19 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def memory_told(what: str) -> Iterator[None]:
-    """Make a refusal of memory inside a UsageError: out of memory `what`, which says when, and what to do."""
+    """Turn an out-of-memory error in the block into a UsageError. what: when it happened, and what the user can do."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         line = str(error).splitlines()[0] if str(error) else "no more is known"
-        # from None: the one who tells first is the nearest to it
+        # from None, so that an enclosing memory_told does not wrap it again: the innermost one knows the most
         raise UsageError(f"out of memory {what} ({type(error).__name__}: {line})") from None
 
 
 def apply(runtime: Runtime) -> None:
-    """Set threads, denormals and deterministic kernels of this process, and its CUDA device."""
+    """Set this process's threads, denormal handling, deterministic kernels and CUDA device."""
     import torch
 
     torch.set_num_threads(runtime.threads)
@@ -179,8 +180,8 @@ def apply(runtime: Runtime) -> None:
         torch.backends.cudnn.allow_tf32 = runtime.tf32
         torch.backends.cuda.matmul.allow_tf32 = runtime.tf32
     if runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS to be deterministic
-        # else deterministic mode would also fill every tensor that is made to be overwritten, such as pinned batches
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires this for a deterministic cuBLAS
+        # otherwise deterministic mode also fills every tensor that will be overwritten anyway, such as pinned batches
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by its module
     if runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # also off: a notebook may train twice
         torch.use_deterministic_algorithms(runtime.deterministic)

@@ -1,7 +1,7 @@
-"""train(config) -> Summary: set up, then the loop.
+"""train(config) -> Summary: set up a run, then execute its training loop.
 
-train      meets the other processes, has the parts put together (assembly.py), and tells what happens to an error
-Training   one run, ready to go: `loop` on one screen, below it the verbs that the loop is made of
+train      joins the process group, builds the parts of the run (assembly.py), and reports errors
+Training   one run that is set up: `loop` is the whole training loop, and the methods below it are its operations
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dtrain.world import Ask, Place, World, place, signals_as_before
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. evaluations: the last eval row of each kind of weights ("raw", "ema")."""
+    """The result of a run. evaluations: the last evaluation row of each kind of weights ("raw", "ema")."""
 
     run: Path
     status: str
@@ -46,16 +46,17 @@ class Summary:
 
 
 def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int | None = None) -> Summary:
-    """Run `config` to its end, going on where its run directory stands.
+    """Train `config` to its end, resuming from its run directory if that holds a checkpoint.
 
-    Under torchrun every process calls it. stop_after: stop, save and raise Stopped once this many updates are done, as
-    a signal then would. command: the command line, for the record; its process ends with the run, so after a stop
-    signals stay ignored (a late one must not change the exit code), else they are as before.
-    Raises DtrainError for all that dtrain can explain; Stopped after a save that was asked for.
+    Under torchrun every process calls this. stop_after: once this many updates are done, save, stop and raise Stopped,
+    as if a signal had arrived then. command: the command line, which is recorded. The process of a command ends with
+    the run, so signals stay ignored after a stop, because a late one must not change the exit code. Without a command,
+    the previous signal handlers are restored.
+    Raises DtrainError for every error that dtrain can explain, and Stopped after a requested stop has been saved.
     """
     started, at = time.monotonic(), place()
     world, console = World(at, config.machine.dist_timeout), Console(at.is_main)
-    with ExitStack() as opened:  # what has to be closed, last opened first: readers, the run directory, the bar
+    with ExitStack() as opened:  # closed in reverse order: the readers, the run directory, the progress bar
         if not command:
             opened.enter_context(signals_as_before())
         opened.callback(console.stop)
@@ -78,7 +79,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
                 try:
                     summary = run.loop()
                 except Stopped:
-                    world.leave()  # where that fails, it is told below
+                    world.leave()  # if this fails, the handler below reports the error
                     raise
             world.leave()
             return summary
@@ -86,7 +87,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
             raise
         except Exception as error:
             if world.size > 1:
-                world.ignore_signals()  # the launcher sends one when another process is gone; first this one tells
+                world.ignore_signals()  # the launcher sends one when another process ends; report this error first
             explained = world.explained(error)
             if recorder is not None:
                 recorder.failed(explained)
@@ -94,7 +95,7 @@ def train(config: TrainConfig, *, command: Sequence[str] = (), stop_after: int |
 
 
 def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
-    """Meet the others, refuse what can be refused early, and agree on what to compute with. Collective."""
+    """Meet the other processes, reject invalid settings early, and agree on the runtime to use. Collective."""
     world.meet()
     assembly.check(config, at.size)
     world.join(assembly.machine_of(config, at).backend)
@@ -104,7 +105,7 @@ def _join(config: TrainConfig, world: World, at: Place) -> runtime.Runtime:
 
 
 class Training:
-    """One run that is set up, and where it stands. stop_after: the step after which it stops as if it were asked to."""
+    """One run that is set up, and its progress. stop_after: the step after which it stops as if a signal had come."""
 
     def __init__(
         self, parts: Parts, world: World, console: Console, recorder: Recorder, stop_after: int | None
@@ -114,7 +115,7 @@ class Training:
         self.network, self.loader, self.stop_after = parts.learner.network, parts.loader, stop_after
         console.line(f"run directory {shown(recorder.path)}")
         self.state = self._resumed()
-        # sums of this process since they were last read; what was read before is in the state
+        # this process's sums since they were last read; sums that were read earlier are part of the state
         self.tally = Tally(self.network.device, self.plan.largest_share, self.state.streak)
         limit = self.config.run.max_time
         self.clock = RunClock(self.plan.save_every.seconds, limit.seconds if limit is not None else None)
@@ -125,7 +126,7 @@ class Training:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def loop(self) -> Summary:
-        """Train to the end of the run. Raises Stopped once it is saved, if it was asked to stop."""
+        """Train to the end of the run. If a stop is requested, save a checkpoint and raise Stopped."""
         seed, plan, state, world, clock = self.config.run.seed, self.plan, self.state, self.world, self.clock
         learner, options, device = self.learner, self.parts.options, self.network.device
         self.console.start(plan.total_steps, state.step)
@@ -175,7 +176,7 @@ class Training:
             raise Stopped(line, told_elsewhere=not self.world.is_main)
 
     def log(self) -> None:
-        """End the log interval: sum it over processes, write and show its row. Collective, with a host sync."""
+        """End the log interval: sum it over all processes, write and show its row. Collective, with a host sync."""
         plan, state = self.plan, self.state
         sums = self.take()
         state.tally = None
@@ -206,7 +207,7 @@ class Training:
         self.console.train(row, plan.epochs_done(plan.total_steps), plan.total_steps)
 
     def take(self) -> Sums:
-        """Read this process's sums, add them up over all processes and to the open log interval, and return that.
+        """Add the new sums of all processes to the open log interval, and return the sums of that interval.
 
         Raises DivergedError on every process if a loss was not finite, or if too many updates in a row were skipped.
         Collective, with a host sync.
@@ -223,7 +224,7 @@ class Training:
         """Name the first step since the last read whose loss or gradient was not finite, and its samples.
 
         Collective. Raises DivergedError on every process unless faulty updates are to be skipped and fewer than
-        GIVE_UP_STEPS of them came in a row. skipped_steps: how many since the last read.
+        GIVE_UP_STEPS of them came in a row. skipped_steps: the number of updates skipped since the last read.
         """
         fault = self.tally.first_fault(self.world, self.plan, self.state.step)
         path, longest = self.world.from_main(lambda: self.recorder.path), int(self.tally.longest)
@@ -240,7 +241,8 @@ class Training:
     def evaluate(self, asked: Ask) -> Ask:
         """Evaluate the raw and the EMA weights, write and show their rows. Collective.
 
-        Returns `asked` with what was asked for meanwhile. If the run is to stop, the evaluation is left for the resume.
+        Returns `asked`, merged with any request that arrived meanwhile. If the run is to stop, the evaluation is left
+        to the resume.
         """
         state, modules = self.state, {"raw": self.network.module}
         if self.learner.ema is not None:
@@ -249,7 +251,7 @@ class Training:
         if asked.stop:
             return asked
         if self.network.device.type == "cuda":
-            torch.cuda.synchronize(self.network.device)  # what the device has queued belongs to training time
+            torch.cuda.synchronize(self.network.device)  # count the work that is still queued as training time
         images = min(self.config.evaluation.eval_batch_size, len(self.dataset.evaluation_samples))
         advice = f"try --eval-batch-size {images // 2}, which is another run" if images > 1 else "use a smaller network"
         told = runtime.memory_told(f"in an evaluation of {images} images at a time; {advice}")
@@ -287,8 +289,8 @@ class Training:
     def save(self, *, essential: bool) -> None:
         """Write the checkpoint of this step. Collective.
 
-        A save that fails is told, and the next one that is due tries again; but the first and the last are `essential`,
-        and raise StorageError on every process.
+        A failed save gives a warning, and the next save that is due tries again. The first and the last save are
+        `essential`: if one of them fails, every process raises StorageError.
         """
         self.take()
         with self.watch.away("save"):
@@ -327,7 +329,7 @@ class Training:
         return Summary(path, "finished", state.step, evaluations, state.best, state.seconds)
 
     def _resumed(self) -> TrainState:
-        """Go on from the newest undamaged checkpoint: rank 0 reads it and sends it to the others. Collective."""
+        """Resume from the newest undamaged checkpoint, which rank 0 reads and sends to the other ranks. Collective."""
         started, damaged = time.monotonic(), list[tuple[Path, str]]()
 
         def read() -> checkpoint.Checkpoint | None:
